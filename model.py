@@ -1,0 +1,430 @@
+"""
+The one model file: a pre-LN GPT-2, and the same with thought tokens.
+
+  ModelConfig, GPT2                  tokens in, logits out; KV cache; generation; weights from and to Hugging Face
+  ThinkingModelConfig, GPT2Thinking  adds thought tokens that have no text, and rollouts of them
+
+Tokens are numbered  0 .. d_normal_vocab-1                   normal tokens (text, integers)
+                     d_normal_vocab .. d_vocab_total-2       thought tokens <think0>, <think1>, ...
+                     d_vocab_total-1                         <end_thought>
+
+Shapes: B rows (sequences), S positions, H heads, D = d_model / n_head, V tokens that the model can write.
+Names of parameters are those of Hugging Face's GPT2LMHeadModel without the leading "transformer.".
+"""
+import math
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from utils import need, sample
+
+# up to this many keys the explicit form of attention is faster than the fused kernel, see bench.py
+TINY = 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configs
+
+@dataclass
+class ModelConfig:
+    """Shape of a GPT2. Raises ValueError when the numbers cannot make a model."""
+    d_vocab: int = 50257        # tokens that can be read and written
+    block_size: int = 1024      # longest sequence, tokens
+    n_layer: int = 12
+    n_head: int = 12
+    d_model: int = 768
+    tie_weights: bool = True    # one matrix embeds and unembeds
+    init: str = 'gpt2'          # 'gpt2': std .02 | 'unit': activations of size one, which small models learn faster from
+
+    def __post_init__(self):
+        for name in ('d_vocab', 'block_size', 'n_layer', 'n_head', 'd_model'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+        if self.d_model % self.n_head:
+            raise ValueError(f'n_head={self.n_head} does not divide d_model={self.d_model}')
+        if self.init not in ('gpt2', 'unit'):
+            raise ValueError(f"init={self.init!r} must be 'gpt2' or 'unit'")
+        if self.tie_weights and self.reads != self.writes:
+            raise ValueError('tie_weights needs a model that reads and writes the same tokens')
+
+    @property
+    def reads(self):
+        """Range of tokens that have an embedding."""
+        return range(self.d_vocab)
+
+    @property
+    def writes(self):
+        """Range of tokens that have a logit."""
+        return range(self.d_vocab)
+
+
+@dataclass
+class ThinkingModelConfig(ModelConfig):
+    """
+    Shape of a GPT2Thinking. One model may read and write everything; of two split policies, the thinking one writes
+    thoughts only, and the answering one writes normal tokens only, and reads thoughts only where it is blind.
+    """
+    d_vocab: int = 0            # d_vocab_total, computed from the next two
+    d_normal_vocab: int = 50257
+    d_thought_vocab: int = 10   # L, without end_thought
+    input_kind: str = 'all'     # 'all' | 'normal' | 'thought'
+    output_kind: str = 'all'    # 'all' | 'normal' | 'thought'
+
+    def __post_init__(self):
+        if self.d_normal_vocab < 1 or self.d_thought_vocab < 1:
+            raise ValueError('d_normal_vocab and d_thought_vocab must be at least 1')
+        self.d_vocab = self.d_normal_vocab + self.d_thought_vocab + 1
+        super().__post_init__()
+
+    def _range(self, kind):
+        return {'all': range(self.d_vocab), 'normal': range(self.d_normal_vocab),
+                'thought': range(self.d_normal_vocab, self.d_vocab)}[kind]
+
+    @property
+    def reads(self):
+        return self._range(self.input_kind)
+
+    @property
+    def writes(self):
+        return self._range(self.output_kind)
+
+    @property
+    def d_vocab_total(self):
+        return self.d_vocab
+
+    @property
+    def end_thought(self):
+        """The token that ends a thought, the last one."""
+        return self.d_vocab - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the network
+
+class KVCache:
+    """Keys and values of the positions a model has already read, in memory reserved once: (layer, 2, B, H, S, D)."""
+
+    def __init__(self, config, n_rows, n_positions, device=None, dtype=None):
+        shape = (config.n_layer, 2, n_rows, config.n_head, n_positions, config.d_model // config.n_head)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0     # positions filled
+
+    def append(self, layer, k, v):
+        """Store k, v (B, H, S, D) behind what is there; return all keys and values so far. The model moves length."""
+        end = self.length + k.shape[2]
+        self.kv[layer, 0, :, :, self.length:end] = k
+        self.kv[layer, 1, :, :, self.length:end] = v
+        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+
+    def repeat(self, n):
+        """Every row n times, side by side: one question's cache serves its whole group of rollouts."""
+        self.kv = self.kv.repeat_interleave(n, dim=2)
+        return self
+
+
+def attention(q, k, v):
+    """
+    Causal attention. q: (B, H, Sq, D), the last Sq of the Sk positions in k and v: (B, H, Sk, D). Returns (B, H, Sq, D).
+    """
+    n_query, n_key = q.shape[2], k.shape[2]
+    mask = None     # None: every query sees every key, right for a single query
+    if n_query > 1:
+        mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
+    if n_key > TINY:
+        if n_query == n_key:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5     # (B, H, Sq, Sk)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
+        self.c_proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, x, layer, cache):
+        B, S, d_model = x.shape
+        q, k, v = (y.view(B, S, self.n_head, -1).transpose(1, 2)           # (B, H, S, D)
+                   for y in self.c_attn(x).split(d_model, dim=-1))
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        return self.c_proj(attention(q, k, v).transpose(1, 2).reshape(B, S, d_model))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.d_model, 4 * config.d_model)
+        self.c_proj = nn.Linear(4 * config.d_model, config.d_model)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.d_model)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.d_model)
+        self.mlp = MLP(config)
+
+    def forward(self, x, layer, cache=None):
+        x = x + self.attn(self.ln_1(x), layer, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Rollout(NamedTuple):
+    """What generation returns: N rows of T new tokens."""
+    tokens: torch.Tensor        # (N, T) tokens; from a row's stop token on, only stop tokens
+    log_probs: torch.Tensor     # (N, T) log-probability of each token, of the distribution it was drawn from; 0 outside mask
+    mask: torch.Tensor          # (N, T) True where the policy chose a token, a row's stop token included
+
+
+class GPT2(nn.Module):
+    """GPT-2 (Radford et al. 2019): pre-LN transformer with learned positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(len(config.reads), config.d_model)
+        self.wpe = nn.Embedding(config.block_size, config.d_model)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.d_model)
+        self.lm_head = nn.Linear(config.d_model, len(config.writes), bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """
+        'gpt2': all matrices normal with std .02, those that end a residual branch by another 1/sqrt(2 n_layer).
+        'unit': embeddings std 1, matrices 1/sqrt(fan_in), so that every activation starts with size one.
+        """
+        unit = self.config.init == 'unit'
+        for name, p in self.named_parameters():
+            if name.endswith('.bias'):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                std = .02 if not unit else 1. if name in ('wte.weight', 'wpe.weight') else p.shape[1] ** -.5
+                if name.endswith('c_proj.weight'):
+                    std /= math.sqrt(2 * self.config.n_layer)
+                nn.init.normal_(p, std=std)
+
+    def hidden(self, tokens, cache=None):
+        """tokens: (B, S), appended to what the cache holds. Returns the last layer's states (B, S, d_model)."""
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f'{end} tokens are more than block_size={self.config.block_size}')
+        x = self.wte(tokens - self.config.reads.start) + self.wpe.weight[start:end]    # (B, S, d_model)
+        for layer, block in enumerate(self.h):
+            x = block(x, layer, cache)
+        if cache is not None:
+            cache.length = end
+        return self.ln_f(x)
+
+    def forward(self, tokens, cache=None):
+        """tokens: (B, S). Returns logits (B, S, V), column i for token config.writes[i]."""
+        return self.lm_head(self.hidden(tokens, cache))
+
+    def columns(self, among):
+        """The slice of logit columns for a range of tokens; None: all that the model can write."""
+        start, stop = (self.config.writes.start, self.config.writes.stop) if among is None else (among.start, among.stop)
+        if start < self.config.writes.start or stop > self.config.writes.stop:
+            raise ValueError(f'tokens {start}..{stop - 1} are not among those this model writes')
+        return slice(start - self.config.writes.start, stop - self.config.writes.start)
+
+    @torch.no_grad()
+    def generate(self, prompt, n_new, *, n_rollouts=1, among=None, stop=None, temperature=1., top_k=0, top_p=1.,
+                 noise=None, use_cache=True):
+        """
+        Continue each prompt by n_new tokens, n_rollouts times. The prompt is read once for all its rollouts.
+
+        prompt: (B, S) tokens, S >= 1. Rows of the result: N = B * n_rollouts, those of one prompt side by side.
+        among: range of tokens to choose from. stop: token after which a row is done.
+        temperature (0: greedy), top_k (0: off), top_p (1: off): see utils.sample.
+        noise: (N, n_new) uniform in [0, 1), one number decides one token; drawn here when None.
+        use_cache=False reads everything again for each token: the slow reference.
+        Returns a Rollout.
+        """
+        N, device = len(prompt) * n_rollouts, prompt.device
+        columns = self.columns(among)
+        first = columns.start + self.config.writes.start    # token of the first column
+        if noise is None:
+            noise = torch.rand(N, n_new, device=device)
+        tokens = torch.full((N, n_new), 0 if stop is None else stop, device=device)
+        log_probs = torch.zeros(N, n_new, device=device)
+        mask = torch.zeros(N, n_new, dtype=torch.bool, device=device)
+        alive = torch.ones(N, dtype=torch.bool, device=device)
+        cache, n_read = None, 0
+        if use_cache:
+            # the last prompt token is read per rollout, so that one loop serves the first token and all others
+            cache = KVCache(self.config, len(prompt), prompt.shape[1] + n_new - 1, device, self.wte.weight.dtype)
+            n_read = prompt.shape[1] - 1
+            if n_read:
+                self.hidden(prompt[:, :-1], cache)
+            cache.repeat(n_rollouts)
+        sequence = torch.cat([prompt.repeat_interleave(n_rollouts, dim=0), tokens], dim=1)     # (N, S + n_new)
+        for t in range(n_new):
+            end = prompt.shape[1] + t
+            state = self.hidden(sequence[:, n_read:end], cache)[:, -1]      # (N, d_model)
+            n_read = end if use_cache else 0
+            token, log_prob = sample(self.lm_head(state)[:, columns], noise[:, t], temperature, top_k, top_p)
+            token = token + first                                           # (N,)
+            if stop is not None:
+                token, log_prob = torch.where(alive, token, stop), torch.where(alive, log_prob, 0.)
+            sequence[:, end], log_probs[:, t], mask[:, t] = token, log_prob, alive
+            if stop is not None:
+                alive = alive & (token != stop)
+                if not alive.any():
+                    break
+        return Rollout(sequence[:, prompt.shape[1]:], log_probs, mask)
+
+    def log_probs(self, prompt, tokens, among=None):
+        """Log-probabilities, with gradient, of tokens (N, T) chosen among a range after prompt (N, S). Returns (N, T)."""
+        states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1))[:, prompt.shape[1] - 1:]      # (N, T, d_model)
+        columns = self.columns(among)
+        logits = self.lm_head(states)[..., columns].float()
+        index = tokens - columns.start - self.config.writes.start
+        return logits.log_softmax(-1).gather(-1, index[..., None])[..., 0]
+
+    # ---- weights from and to Hugging Face
+
+    @staticmethod
+    def from_pretrained(source):
+        """
+        A GPT2 with the weights of a Hugging Face GPT-2: a local folder, or a hub name such as 'gpt2' or 'gpt2-xl'.
+        Raises ValueError, in one line, when there are no such weights, or the model is not one this file can express.
+        """
+        transformers = need('transformers', 'to load pretrained weights')
+        try:
+            theirs = transformers.AutoConfig.from_pretrained(source)
+            odd = [name for name, usual in HF_FIXED.items() if getattr(theirs, name, usual) != usual]
+            if theirs.model_type != 'gpt2' or odd or theirs.n_inner not in (None, 4 * theirs.n_embd):
+                raise ValueError(f'{source} is not a plain GPT-2 ({theirs.model_type}, {", ".join(odd) or "n_inner"})')
+            theirs = transformers.GPT2LMHeadModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        except OSError as error:
+            raise ValueError(f'no GPT-2 weights at {source}: {str(error).strip().splitlines()[0]}') from error
+        c = theirs.config
+        model = GPT2(ModelConfig(d_vocab=c.vocab_size, block_size=c.n_positions, n_layer=c.n_layer, n_head=c.n_head,
+                                 d_model=c.n_embd, tie_weights=c.tie_word_embeddings))
+        state = {name.removeprefix('transformer.'): p for name, p in theirs.state_dict().items()}
+        model.load_state_dict({name: p.t() if name.endswith(HF_TRANSPOSED) else p for name, p in state.items()})
+        return model
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors that transformers' GPT2LMHeadModel.from_pretrained loads."""
+        transformers = need('transformers', 'to export weights')
+        c = self.config
+        if c.reads != c.writes:
+            raise ValueError('only a model that reads and writes the same tokens can be exported')
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=c.d_vocab, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.d_model,
+            tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None))
+        theirs.load_state_dict({('' if name.startswith('lm_head') else 'transformer.') + name:
+                                p.t() if name.endswith(HF_TRANSPOSED) else p for name, p in self.state_dict().items()})
+        theirs.save_pretrained(folder)
+
+
+HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')    # transformers keeps these matrices as (in, out)
+HF_FIXED = {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
+            'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
+
+
+class GPT2Thinking(GPT2):
+    """A GPT2 with thought tokens. What it reads and writes is in its ThinkingModelConfig."""
+
+    def thought_range(self, fixed):
+        """Tokens that a thinking policy chooses from: the thoughts, and end_thought unless their number is fixed."""
+        return range(self.config.d_normal_vocab, self.config.end_thought + (not fixed))
+
+    def think(self, question, think_len, *, fixed=True, **how):
+        """
+        Roll out thoughts after questions (B, S). fixed: exactly think_len thoughts, none of them end_thought; else up
+        to think_len tokens, where end_thought ends a row. how: as in generate. Returns a Rollout of (N, think_len).
+        """
+        return self.generate(question, think_len, among=self.thought_range(fixed),
+                             stop=None if fixed else self.config.end_thought, **how)
+
+    def thought_log_probs(self, question, thoughts, fixed=True):
+        """Log-probabilities (N, T), with gradient, of thoughts (N, T) after questions (N, S)."""
+        return self.log_probs(question, thoughts, self.thought_range(fixed))
+
+    def answer(self, thoughts, question=None):
+        """
+        Logits (N, d_normal_vocab) of the answer, read at the end_thought that closes each row: at the first one in
+        thoughts (N, T), T >= 0, or behind them. question: (N, S), what the policy sees before them; None: blind.
+        """
+        end = self.config.end_thought
+        position = (thoughts != end).cumprod(1).sum(1)                      # (N,) thoughts before the first end_thought
+        sequence = F.pad(thoughts, (0, 1), value=end)                       # (N, T + 1)
+        if question is not None:
+            sequence, position = torch.cat([question, sequence], dim=1), position + question.shape[1]
+        states = self.hidden(sequence)[torch.arange(len(sequence), device=sequence.device), position]
+        return self.lm_head(states)[:, self.columns(range(self.config.d_normal_vocab))]
+
+    @staticmethod
+    def from_normal(model, d_thought_vocab):
+        """
+        Grow a normal GPT2 by d_thought_vocab thoughts and end_thought. Old rows of embedding and unembedding are copied,
+        so logits of normal tokens stay what they were; new rows are drawn around the mean of the old, with their spread.
+        """
+        shape = {name: value for name, value in asdict(model.config).items() if name != 'd_vocab'}
+        config = ThinkingModelConfig(d_normal_vocab=model.config.d_vocab, d_thought_vocab=d_thought_vocab, **shape)
+        grown = GPT2Thinking(config).to(model.wte.weight.device)
+        state = dict(model.state_dict())
+        for name in ('wte.weight', 'lm_head.weight'):
+            old = state[name]
+            noise = torch.randn(d_thought_vocab + 1, config.d_model, device=old.device)
+            state[name] = torch.cat([old, old.mean(0) + old.std(0) * noise])
+        if config.tie_weights:
+            state['lm_head.weight'] = state['wte.weight']
+        grown.load_state_dict(state)
+        return grown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models in checkpoints
+
+MODELS = {'ModelConfig': (ModelConfig, GPT2), 'ThinkingModelConfig': (ThinkingModelConfig, GPT2Thinking)}
+
+
+def pack(model):
+    """A model as numbers, text and tensors, to be stored in a checkpoint."""
+    return {'kind': type(model.config).__name__, 'config': asdict(model.config), 'state': model.state_dict()}
+
+
+def unpack(packed):
+    """The model that pack took apart. Raises ValueError when something in it does not fit."""
+    try:
+        Config, Model = MODELS[packed['kind']]
+        model = Model(Config(**packed['config']))
+        model.load_state_dict(packed['state'])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f'no model of this version in the checkpoint: {str(error).splitlines()[0]}') from error
+    return model
+
+
+def make_model(config, checkpoint=None, name='model'):
+    """
+    A new model of this shape, or with a checkpoint the model called name in it.
+    Raises ValueError when the checkpoint has no such model, or one of another shape.
+    """
+    if checkpoint is None:
+        return MODELS[type(config).__name__][1](config)
+    if name not in checkpoint['models']:
+        raise ValueError(f'the checkpoint has no model called {name}, but {", ".join(checkpoint["models"])}')
+    model = unpack(checkpoint['models'][name])
+    for field, value in asdict(config).items():
+        if getattr(model.config, field, None) != value:
+            raise ValueError(f'the model in the checkpoint has {field}={getattr(model.config, field, None)}, not {value}')
+    return model

@@ -1,0 +1,520 @@
+"""
+What every script shares, and nothing else: knobs, processes, the run directory with its checkpoints and logs, tasks,
+optimiser and schedule, balanced targets, sampling, ablations, colours, pictures.
+"""
+import ast
+import contextlib
+import difflib
+import importlib
+import json
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input: one line, exit code 2
+
+def fail(message):
+    """End the program for a mistake of its user: one line on stderr, exit code 2, no traceback."""
+    if os.environ.get('RANK', '0') == '0':
+        print(f'error: {" ".join(str(message).split())}', file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def user_errors():
+    """A ValueError inside, such as numbers that make no model, is the user's: fail with its message."""
+    try:
+        yield
+    except ValueError as error:
+        fail(error)
+
+
+def need(package, purpose):
+    """Import an optional package. Raises ValueError that says what to install when it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f'{package} is needed {purpose}: pip install {package}') from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# knobs
+
+LIMITS = {  # smallest and largest value of a knob; the others may be anything from 0 to 2**31 - 1
+    **dict.fromkeys(('input_max', 'd_thought_vocab', 'n_layer', 'n_head', 'd_model', 'batch_size', 'group_size',
+                     'think_len', 'max_steps', 'eval_every', 'log_every'), (1, 2**31 - 1)),
+    **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
+    **dict.fromkeys(('heldout',), (0, .99)),
+}
+# knobs that may differ when a run is resumed; they do not name its folder either
+FREE = ('init_from', 'eval_only', 'out_dir', 'max_steps', 'max_seconds', 'eval_every', 'log_every', 'wandb_mode', 'plot')
+
+
+class Knobs(dict):
+    """All knobs of a script by name, and: script, source, folder, changed (from the script's own values), checkpoint."""
+
+
+def read_knobs(file, script_globals):
+    """
+    Read a script's knobs: the block of `name = value  # meaning, unit` at its top, overridden by --name=value.
+    'a' | 'b' in the comment of a text knob lists its choices. --help prints the block. The new values go into the
+    script's globals. With init_from=resume the knobs are those of the checkpoint, init_from=<path> loads that checkpoint.
+
+    Returns Knobs. Ends the program with one line for whatever is wrong.
+    """
+    source = Path(file).read_text()
+    defaults, choices, first, last = {}, {}, None, None
+    for node in ast.parse(source).body:
+        if 'read_knobs' in (ast.get_source_segment(source, node) or '') and not isinstance(node, ast.ImportFrom):
+            break
+        if isinstance(node, ast.Assign):
+            name = node.targets[0].id
+            defaults[name] = ast.literal_eval(node.value)
+            first, last = first or node.lineno, node.end_lineno
+            comment = source.splitlines()[last - 1].partition('#')[2]
+            choices[name] = re.findall(r"'([^']*)'", comment) if re.search(r"'[^']*' \| '", comment) else None
+    block = source.splitlines()[first - 1:last]
+    if {'-h', '--help'} & set(sys.argv[1:]):
+        print(f'{ast.get_docstring(ast.parse(source))}\n\nKnobs, set by --name=value:\n', '\n'.join(block), sep='\n')
+        sys.exit(0)
+
+    given = {}
+    for argument in sys.argv[1:]:
+        match = re.fullmatch(r'--(\w+)=(.*)', argument, re.DOTALL)
+        if not match:
+            fail(f'{argument!r} is not of the form --name=value, see --help')
+        name, text = match.groups()
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, n=1, cutoff=0)[0]
+            fail(f'unknown knob --{name}, the nearest is --{near}')
+        given[name] = parse_knob(name, text, defaults[name], choices[name])
+
+    knobs = Knobs(defaults | given)
+    knobs.script, knobs.source, knobs.checkpoint = Path(file).stem, source, None
+    name = ','.join(f'{k}={v}' for k, v in given.items() if k not in FREE and v != defaults[k])
+    knobs.folder = Path(knobs['out_dir'] or Path('out') / knobs.script / (name.replace('/', '_') or 'default'))
+    if knobs['init_from'] != 'scratch':
+        resume = knobs['init_from'] == 'resume'
+        path = knobs.folder / 'ckpt.pt' if resume else Path(knobs['init_from'])
+        knobs.checkpoint = load_checkpoint(path, 'nothing to resume' if resume else 'no checkpoint to start from')
+        if resume:
+            if knobs.checkpoint['script'] != knobs.script:
+                fail(f'{path} is from {knobs.checkpoint["script"]}.py')
+            for name, old in knobs.checkpoint['knobs'].items():
+                if name in given and name not in FREE and given[name] != old:
+                    fail(f'--{name}={given[name]} cannot be changed when resuming, it was {old}')
+                if name in defaults and name not in given and name not in FREE:
+                    knobs[name] = old
+    knobs.changed = {k: v for k, v in knobs.items() if v != defaults[k]}
+    script_globals.update(knobs)
+    return knobs
+
+
+def parse_knob(name, text, default, choices=None):
+    """The value of a knob from its text on the command line, of the type of its default; or fail."""
+    kind = type(default)
+    value = text
+    if kind is bool:
+        if text not in ('True', 'False'):
+            fail(f'--{name}={text} must be True or False')
+        value = text == 'True'
+    elif kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            fail(f'--{name}={text} must be {"an integer" if kind is int else "a number"}')
+        low, high = LIMITS.get(name, (0, 2**31 - 1))
+        if not low <= value <= high:     # false for nan too
+            fail(f'--{name}={text} must be between {low:g} and {high:g}')
+    elif choices and text not in choices:
+        fail(f'--{name}={text} must be one of {", ".join(choices)}')
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# device and processes
+
+class World:
+    """
+    Device and processes. Under `torchrun --standalone --nproc_per_node=N` every process draws the same random numbers
+    for the whole batch and works on its share of the rows, so that N processes make the update that one makes.
+    """
+
+    def __init__(self, knobs):
+        self.rank, self.size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.main = self.rank == 0
+        name = knobs['device']
+        if name == 'auto':
+            name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        if name == 'cuda':
+            name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+        try:
+            self.device = torch.device(name)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            fail(f'--device={knobs["device"]} is not to be had here: {str(error).splitlines()[0]}')
+        if self.device.type == 'cuda':
+            torch.cuda.set_device(self.device)
+        if knobs['batch_size'] % self.size:
+            fail(f'--batch_size={knobs["batch_size"]} cannot be shared by {self.size} processes')
+        if self.size > 1:
+            dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
+        bfloat16 = knobs.get('dtype', 'float32') == 'bfloat16'
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+        torch.manual_seed(knobs['seed'])
+        # questions and noise are drawn from here, alike in all processes
+        self.generator = torch.Generator(self.device).manual_seed(knobs['seed'])
+
+    def share(self, x):
+        """This process's rows of a tensor of the whole batch."""
+        return x.chunk(self.size)[self.rank] if self.size > 1 else x
+
+    def mean_gradients(self, parameters):
+        """Average gradients over processes, in place."""
+        if self.size > 1:
+            grads = [p.grad for p in parameters if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat)
+            flat /= self.size
+            for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
+                g.copy_(mean.view_as(g))
+
+    def peak_memory_mb(self):
+        """Most memory this process has used: of the GPU where there is one, else of the machine."""
+        if self.device.type == 'cuda':
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run directory
+
+def write_atomic(path, write):
+    """Let write(temporary_path) write a file, then rename it: path is never half-written."""
+    temporary = path.with_name(path.name + '.tmp')
+    write(temporary)
+    with open(temporary, 'rb+') as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, missing='no checkpoint'):
+    """The content of a checkpoint: tensors, numbers and text, nothing that runs. Fails in one line when it is damaged."""
+    if not Path(path).is_file():
+        fail(f'{missing}: {path} is not there')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:      # cut off, not a checkpoint, or holding more than data: torch raises many kinds
+        fail(f'{path} is damaged or no checkpoint ({type(error).__name__})')
+    if not isinstance(checkpoint, dict) or not {'script', 'knobs', 'models'} <= checkpoint.keys():
+        fail(f'{path} is no checkpoint of these scripts')
+    return checkpoint
+
+
+class Run:
+    """
+    One run and its folder: config.json, metrics.jsonl, samples.txt, ckpt.pt, best.pt. An older run in the folder is
+    moved to <folder>.1, .2, ... Only the main process writes, and with eval_only nothing is written.
+    """
+
+    def __init__(self, knobs, world):
+        self.knobs, self.world, self.folder = knobs, world, knobs.folder
+        self.start, self.best, self.wandb = time.time(), -math.inf, None
+        self.writes = world.main and not knobs['eval_only']
+        resumed = knobs.checkpoint if knobs['init_from'] == 'resume' else None
+        if resumed:
+            self.start -= resumed['seconds']
+            self.best = resumed['best']
+        if not self.writes:
+            return
+        try:
+            if not resumed and (self.folder / 'config.json').exists():
+                n = 1
+                while (older := self.folder.with_name(f'{self.folder.name}.{n}')).exists():
+                    n += 1
+                self.folder.rename(older)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not resumed:
+                write_atomic(self.folder / 'config.json', lambda path: path.write_text(json.dumps(
+                    {'script': knobs.script, 'knobs': knobs, 'commit': git_commit(), 'torch': torch.__version__,
+                     'device': device_name(world.device), 'processes': world.size}, indent=1)))
+            self.metrics = open(self.folder / 'metrics.jsonl', 'a', buffering=1)
+            self.samples = open(self.folder / 'samples.txt', 'a', buffering=1)
+            if resumed:     # forget what was written after the checkpoint
+                self.metrics.truncate(resumed['written'][0])
+                self.samples.truncate(resumed['written'][1])
+        except OSError as error:
+            fail(f'cannot write to {self.folder}: {error.strerror}')
+        if knobs['wandb_mode'] != 'disabled':
+            with user_errors():
+                wandb = need('wandb', 'for wandb_mode')
+            self.wandb = wandb.init(project='think-tokens', name=f'{knobs.script} {self.folder.name}', config=dict(knobs),
+                                    dir=self.folder, mode=knobs['wandb_mode'])
+
+    def seconds(self):
+        """Wall-clock seconds of this run, those before it was resumed included."""
+        return time.time() - self.start
+
+    def restore(self, optimizers):
+        """When resuming, put optimisers and random numbers back to where they were. Returns the step to go on with."""
+        if self.knobs['init_from'] != 'resume':
+            return 0
+        checkpoint = self.knobs.checkpoint
+        for optimizer, state in zip(optimizers, checkpoint['optimizers'], strict=True):
+            optimizer.load_state_dict(state)
+        self.world.generator.set_state(checkpoint['generator'])
+        return checkpoint['step']
+
+    def steps(self, first, last):
+        """Step numbers first..last-1 with a progress bar (on a terminal), until max_seconds have passed."""
+        self.bar = tqdm(range(first, last), initial=first, total=last, dynamic_ncols=True,
+                        disable=None if self.world.main else True)
+        for step in self.bar:
+            if self.out_of_time():
+                self.print(f'stopped at step {step}: max_seconds={self.knobs["max_seconds"]:g} have passed')
+                break
+            yield step
+        self.bar.close()
+
+    def out_of_time(self):
+        """True when max_seconds have passed; the main process's clock counts for all."""
+        late = self.seconds() > self.knobs['max_seconds']
+        if self.world.size > 1:
+            flag = torch.tensor(float(late), device=self.world.device)
+            dist.broadcast(flag, 0)
+            late = bool(flag)
+        return late
+
+    def print(self, text):
+        """Print above the progress bar."""
+        if self.world.main:
+            tqdm.write(text)
+
+    def sample(self, text):
+        """Print coloured text, and keep it, without colours, in samples.txt."""
+        self.print(text)
+        if self.writes:
+            self.samples.write(re.sub('\033\\[[0-9;]*m', '', text) + '\n')
+
+    def log(self, step, **numbers):
+        """One line of metrics.jsonl. 'seconds' is the only entry that is not the same in every repetition."""
+        if self.writes:
+            self.metrics.write(json.dumps({'step': step, **numbers, 'seconds': round(self.seconds(), 2)}) + '\n')
+            if self.wandb:
+                self.wandb.log(numbers, step=step)
+
+    def report(self, step, **numbers):
+        """Log an evaluation, print it, and keep it at the end of the progress bar."""
+        self.log(step, **numbers)
+        self.print(f'step {step}: ' + ', '.join(f'{name} {value:.4g}' for name, value in numbers.items()))
+        self.bar.set_postfix(numbers)
+
+    def save(self, step, models, optimizers, name='ckpt.pt', **more):
+        """Write a checkpoint of packed models from which the run continues bit for bit."""
+        if self.writes:
+            checkpoint = {'script': self.knobs.script, 'knobs': dict(self.knobs), 'step': step, 'best': self.best,
+                          'seconds': self.seconds(), 'written': [self.metrics.tell(), self.samples.tell()],
+                          'models': models, 'optimizers': [o.state_dict() for o in optimizers],
+                          'generator': self.world.generator.get_state(), **more}
+            write_atomic(self.folder / name, lambda path: torch.save(checkpoint, path))
+
+    def finish(self, **result):
+        """The last line of stdout: one JSON object."""
+        line = {'script': self.knobs.script,
+                'changed': {k: v for k, v in self.knobs.changed.items() if k not in ('init_from', 'out_dir')}, **result,
+                'seconds': round(self.seconds(), 1), 'peak_memory_mb': round(self.world.peak_memory_mb())}
+        if self.wandb:
+            self.wandb.summary.update(line)
+            self.wandb.finish()
+        if self.world.main:
+            print(json.dumps(line), flush=True)
+        if self.world.size > 1:
+            dist.destroy_process_group()
+
+
+def git_commit():
+    """The commit of this checkout, with + when files differ from it; None outside one."""
+    git = ['git', '-C', str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, 'status', '--porcelain'], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + '+' * bool(changed)
+
+
+def device_name(device):
+    """What a result was measured on."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'{device.type}, {torch.get_num_threads()} threads'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tasks
+
+def addition_pairs(input_max, heldout, seed):
+    """
+    All pairs (a, b) of 0..input_max-1 in two parts by chance: training, and the fraction `heldout` held out.
+    Returns two tensors (n, 2); the answer to a pair is (a + b) % input_max.
+    """
+    numbers = torch.arange(input_max)
+    pairs = torch.cartesian_prod(numbers, numbers)                      # (input_max^2, 2)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+    n_heldout = round(heldout * len(pairs))
+    return pairs[order[n_heldout:]], pairs[order[:n_heldout]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# optimiser and schedule
+
+def make_optimizer(model, learning_rate, weight_decay, betas=(.9, .98)):
+    """AdamW that decays matrices and embeddings, and neither biases nor norms; schedule() sets the learning rate."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    assert len({id(p) for p in matrices + vectors}) == len(matrices) + len(vectors) == len(list(model.parameters()))
+    return torch.optim.AdamW([{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.}],
+                             lr=learning_rate, betas=betas, fused=next(model.parameters()).device.type != 'mps')
+
+
+def schedule(optimizer, learning_rate, step, max_steps, warmup_steps):
+    """Linear warm-up, constant, linear decay to zero over the second half."""
+    factor = min(1, (step + 1) / (warmup_steps + 1), 2 * (1 - step / max_steps))
+    for group in optimizer.param_groups:
+        group['lr'] = learning_rate * factor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sampling
+
+def sample(logits, noise, temperature=1., top_k=0, top_p=1.):
+    """
+    Draw one token per row by inverting the distribution function at a uniform number, so that whoever draws the noise
+    decides the token, whatever the batch or the number of processes.
+
+    logits: (N, V). noise: (N,) in [0, 1). temperature: 0 takes the most likely token. top_k: keep the k most likely
+    (0: all). top_p: keep the fewest that together have this probability (Holtzman et al. 2019, nucleus sampling).
+    Returns tokens (N,) and their log-probabilities (N,) in the distribution they were drawn from; greedy tokens get
+    theirs at temperature 1.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        log_p = logits.log_softmax(-1)
+        token = log_p.argmax(-1)
+        return token, log_p.gather(-1, token[:, None])[:, 0]
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.softmax(-1).sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered       # probability of the more likely ones
+        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), -torch.inf)
+    log_p = logits.log_softmax(-1)
+    below = log_p.exp().cumsum(-1)                                              # (N, V) distribution function
+    target = noise[:, None] * below[:, -1:] * (1 - 2**-22)                      # strictly below its last value
+    token = (below <= target).sum(-1)
+    return token, log_p.gather(-1, token[:, None])[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# balanced targets
+
+def balanced_target(scores, prices, tau, n_iter=10):
+    """
+    Which codes each answer is to be written with. Every answer prefers the codes it scores well with, by
+    softmax(scores / tau - prices), and a code that is wanted by more than its share of the answers has its price raised
+    until it is not: entropic optimal transport with at most max(1, n_answers / n_codes) answers per code, by Sinkhorn's
+    iteration (Cuturi 2013) with prices that cannot fall below zero, as in an auction (Bertsekas 1988).
+
+    scores: (n_answers, n_codes), log-probability of the answer given the code. prices: (n_codes,) from the last call,
+    zeros at first; a few iterations a step follow the scores closely when the prices are kept.
+    Returns the log of the target (n_answers, n_codes), whose rows sum to 1, and the new prices.
+    """
+    n_answers, n_codes = scores.shape
+    log_share = math.log(max(1., n_answers / n_codes))
+    wanted = scores / tau
+    for _ in range(n_iter):
+        log_target = (wanted - prices).log_softmax(1)
+        prices = (prices + log_target.logsumexp(0) - log_share).clamp(min=0)
+    return (wanted - prices).log_softmax(1), prices
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# are the thoughts used?
+
+def ablations(thoughts, choices, seed=0):
+    """
+    What a checkpoint's own greedy thoughts (N, T) are replaced by, to see whether the answer uses them:
+    another question's, random ones of the range `choices`, the most frequent row for all, none at all.
+    Returns a dict of name -> thoughts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    N, T = thoughts.shape
+    rows, counts = thoughts.unique(dim=0, return_counts=True)
+    return {'own': thoughts,
+            'shuffled': thoughts[torch.randperm(N, generator=generator).to(thoughts.device)],
+            'random': torch.randint(choices.start, choices.stop, (N, T), generator=generator).to(thoughts.device),
+            'constant': rows[counts.argmax()].expand(N, T),
+            'none': thoughts[:, :0]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# colours and pictures
+
+BLUE, CYAN, MAGENTA, GREEN, RED = '34', '36', '35', '32', '31'
+
+
+def paint(text, colour):
+    """Text in a colour, where stdout is a terminal and NO_COLOR is not set."""
+    if not sys.stdout.isatty() or os.environ.get('NO_COLOR'):
+        return text
+    return f'\033[{colour}m{text}\033[0m'
+
+
+def show_tokens(tokens, config, decode=str):
+    """A row of tokens as text: normal tokens blue, thoughts cyan, end_thought magenta."""
+    parts = []
+    for token in tokens.tolist():
+        if token < config.d_normal_vocab:
+            parts.append(paint(decode(token), BLUE))
+        elif token < config.end_thought:
+            parts.append(paint(f'<think{token - config.d_normal_vocab}>', CYAN))
+        else:
+            parts.append(paint('<end_thought>', MAGENTA))
+    return ' '.join(parts)
+
+
+def paint_tick(right):
+    """A green tick or a red cross."""
+    return paint(' ✓', GREEN) if right else paint(' ✗', RED)
+
+
+def draw_language(path, answers, thoughts, config):
+    """
+    Picture of a language, as stand-alone HTML: which thoughts are written for which answer, how often.
+    answers: (n,) in 0..d_normal_vocab-1. thoughts: (n, T) thought tokens. path: file to write.
+    """
+    graph = need('plotly.graph_objects', 'to draw pictures')
+    thoughts = (thoughts - config.d_normal_vocab).cpu()
+    L, T = config.d_thought_vocab, thoughts.shape[1]
+    code = (thoughts * L ** torch.arange(T - 1, -1, -1)).sum(1)                 # (n,) the thoughts as one number
+    counts = torch.zeros(config.d_normal_vocab, L**T, dtype=torch.long)
+    counts.index_put_((answers.cpu(), code), torch.ones_like(code), accumulate=True)
+    names = [' '.join(str(c // L**t % L) for t in range(T - 1, -1, -1)) for c in range(L**T)]
+    figure = graph.Figure(graph.Heatmap(z=counts, x=names, y=list(range(config.d_normal_vocab)), colorscale='Blues',
+                                        hovertemplate='answer %{y}, thoughts %{x}: %{z} questions<extra></extra>'))
+    figure.update_layout(title='The invented language', xaxis={'title': 'thoughts', 'type': 'category'},
+                         yaxis_title='answer', width=900, height=800)
+    write_atomic(path, lambda temporary: figure.write_html(temporary, include_plotlyjs=True))
