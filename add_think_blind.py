@@ -48,6 +48,7 @@ n_head = 16                     # of both policies
 d_model = 128                   # of both policies
 tau = .1                        # temperature of the target: smaller makes the best codes count more
 eval_every = 100                # steps between evaluations, each with a checkpoint and samples
+eval_questions = 10000          # questions of each kind per evaluation, at most
 log_every = 10                  # steps between lines of metrics.jsonl
 seed = 0                        # of weights, questions and thoughts
 device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
@@ -73,7 +74,7 @@ if n_codes < input_max:
 # ---------------------------------------------------------------------------------------------------------------------
 # data
 
-train_pairs, heldout_pairs = (pairs.to(world.device) for pairs in addition_pairs(input_max, heldout, seed))
+train_pairs, heldout_pairs = (pairs.to(world.device) for pairs in addition_pairs(0, input_max, heldout, seed))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # models
@@ -127,11 +128,12 @@ def accuracy(question, thoughts):
 
 def evaluate(step):
     """Report on all questions, show a few, keep the best checkpoint. Returns the numbers."""
-    thoughts, heldout_thoughts = think_greedily(train_pairs), think_greedily(heldout_pairs)
-    result = {'accuracy': accuracy(train_pairs, thoughts), 'heldout_accuracy': accuracy(heldout_pairs, heldout_thoughts),
-              'codes': len(thoughts.unique(dim=0))}
+    train, test = train_pairs[:eval_questions], heldout_pairs[:eval_questions]
+    train_thoughts, test_thoughts = think_greedily(train), think_greedily(test)
+    result = {'accuracy': accuracy(train, train_thoughts), 'heldout_accuracy': accuracy(test, test_thoughts),
+              'codes': len(train_thoughts.unique(dim=0))}
     run.report(step, **result)
-    for question, thought, answer in zip(heldout_pairs[:3], heldout_thoughts, answer_greedily(heldout_thoughts[:3])):
+    for question, thought, answer in zip(test[:3], test_thoughts, answer_greedily(test_thoughts[:3])):
         end = torch.full_like(thought[:1], thinking.config.end_thought)
         run.sample(show_tokens(torch.cat([question, thought, end, answer[None]]), thinking.config)
                    + paint_tick(answer == question.sum() % input_max))
@@ -183,8 +185,9 @@ for step in run.steps(first_step, first_step if eval_only else max_steps):
 
 save(n_steps)
 result = evaluate(n_steps)
-thoughts = think_greedily(heldout_pairs)
-ablation = {name: accuracy(heldout_pairs, replaced) for name, replaced in ablations(thoughts, thought_tokens).items()}
+test = heldout_pairs[:eval_questions]
+thoughts = think_greedily(test)
+ablation = {name: accuracy(test, replaced) for name, replaced in ablations(thoughts, thought_tokens).items()}
 if plot and run.writes:
     question = torch.cat([train_pairs, heldout_pairs])
     draw_language(run.folder / 'language.html', question.sum(1) % input_max, think_greedily(question), thinking.config)

@@ -53,13 +53,15 @@ def need(package, purpose):
 # knobs
 
 LIMITS = {  # smallest and largest value of a knob; the others may be anything from 0 to 2**31 - 1
-    **dict.fromkeys(('input_max', 'd_thought_vocab', 'n_layer', 'n_head', 'd_model', 'batch_size', 'group_size',
-                     'think_len', 'max_steps', 'eval_every', 'log_every'), (1, 2**31 - 1)),
+    'input_max': (2, 2**31 - 1),
+    **dict.fromkeys(('d_thought_vocab', 'n_layer', 'n_head', 'd_model', 'batch_size', 'group_size',
+                     'think_len', 'max_steps', 'eval_every', 'eval_questions', 'log_every'), (1, 2**31 - 1)),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
     **dict.fromkeys(('heldout',), (0, .99)),
 }
 # knobs that may differ when a run is resumed; they do not name its folder either
-FREE = ('init_from', 'eval_only', 'out_dir', 'max_steps', 'max_seconds', 'eval_every', 'log_every', 'wandb_mode', 'plot')
+FREE = ('init_from', 'eval_only', 'out_dir', 'max_steps', 'max_seconds', 'eval_every', 'log_every', 'wandb_mode',
+        'plot')
 
 
 class Knobs(dict):
@@ -365,16 +367,22 @@ def device_name(device):
 # ---------------------------------------------------------------------------------------------------------------------
 # tasks
 
-def addition_pairs(input_max, heldout, seed):
+def addition_pairs(input_min, input_max, heldout, seed, n_max=10**6):
     """
-    All pairs (a, b) of 0..input_max-1 in two parts by chance: training, and the fraction `heldout` held out.
-    Returns two tensors (n, 2); the answer to a pair is (a + b) % input_max.
+    Pairs (a, b) of input_min..input_max-1 in two parts by chance: training, and the fraction `heldout` held out. All
+    pairs, or where there are more than n_max about so many of them, drawn by chance, none twice.
+    Returns two tensors (n, 2) in random order, neither empty.
     """
-    numbers = torch.arange(input_max)
-    pairs = torch.cartesian_prod(numbers, numbers)                      # (input_max^2, 2)
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
-    n_heldout = round(heldout * len(pairs))
-    return pairs[order[n_heldout:]], pairs[order[:n_heldout]]
+    generator = torch.Generator().manual_seed(seed)
+    n_numbers = input_max - input_min
+    if n_numbers**2 <= n_max:
+        index = torch.arange(n_numbers**2)
+    else:
+        index = torch.randint(n_numbers**2, (n_max,), generator=generator).unique()
+    index = index[torch.randperm(len(index), generator=generator)]
+    pairs = input_min + torch.stack([index // n_numbers, index % n_numbers], dim=1)
+    n_heldout = min(max(1, round(heldout * len(pairs))), len(pairs) - 1)
+    return pairs[n_heldout:], pairs[:n_heldout]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
