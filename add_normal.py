@@ -9,10 +9,10 @@ Addition answered at once: the baseline without thoughts.
     python add_normal.py --init_from=resume                                # go on after an interruption
     torchrun --standalone --nproc_per_node=2 add_normal.py                 # the same update, by two processes
 
-With encoding 'int' a question is two tokens and its answer one: what add_think_blind.py asks, so this is its control, of
-the same size and with the same steps. With 'digits' it is text of the characters 0-9, + and =, numbers padded with zeros
-to equal length, the sum not reduced; an answer is right when all its digits, generated one by one, are. Written from the
-lowest digit up (digit_order = 'lsb') each digit needs one carry, from the highest down each needs all carries at once.
+With encoding 'int' a question is two tokens and its answer one: what add_think_blind.py asks, so this is its control,
+of the same size and with the same steps. With 'digits' it is text of the characters 0-9, + and =, numbers padded with
+zeros to equal length, the sum not reduced; an answer is right when all its digits, generated one by one, are. Written
+from the lowest digit up (digit_order = 'lsb') each digit needs one carry, from the highest down all carries at once.
 """
 import torch
 
@@ -54,7 +54,6 @@ knobs = read_knobs(__file__, globals())
 if input_min >= input_max - 1:
     fail(f'--input_min={input_min} leaves no two numbers below input_max={input_max}')
 world = World(knobs)
-run = Run(knobs, world)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data
@@ -91,14 +90,15 @@ question_len, answer_len = (tokens.shape[1] for tokens in encode(train_pairs[:1]
 # model
 
 with user_errors():
-    config = ModelConfig(d_vocab=input_max if encoding == 'int' else len(CHARACTERS), block_size=question_len + answer_len,
-                         n_layer=n_layer, n_head=n_head, d_model=d_model, init='unit', tie_weights=False)
+    config = ModelConfig(d_vocab=input_max if encoding == 'int' else len(CHARACTERS), n_layer=n_layer, n_head=n_head,
+                         d_model=d_model, block_size=question_len + answer_len, init='unit', tie_weights=False)
     model = make_model(config, knobs.checkpoint).to(world.device)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# optimiser
+# optimiser and run
 
 optimizer = make_optimizer(model, learning_rate, weight_decay)
+run = Run(knobs, world)
 first_step = run.restore([optimizer])
 
 
@@ -127,7 +127,7 @@ def evaluate(step):
     run.report(step, **result)
     question, answer = encode(test[:3])
     for q, a, guess in zip(question, answer, answer_greedily(question)):
-        run.sample(paint(decode(torch.cat([q, guess])), '34') + paint_tick((guess == a).all()))
+        run.sample(paint(decode(torch.cat([q, guess])), 'blue') + paint_tick((guess == a).all()))
     if result['heldout_accuracy'] > run.best:
         run.best = result['heldout_accuracy']
         save(step, 'best.pt')

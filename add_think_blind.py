@@ -22,7 +22,6 @@ answers come to share codes (77 of 100 codes survived in a trial). Because all c
 answering policy's invention, and the thinking policy learns it.
 """
 import torch
-import torch.nn.functional as F
 
 from model import ThinkingModelConfig, make_model, pack
 from utils import (Run, World, ablations, addition_pairs, balanced_target, draw_language, fail, make_optimizer,
@@ -44,7 +43,7 @@ learning_rate_answer = 2e-3     # of the answering policy
 weight_decay_answer = 0.        # of the answering policy
 warmup_steps = 50               # steps over which learning rates rise
 n_layer = 1                     # of both policies
-n_head = 16                     # of both policies
+n_head = 32                     # of both policies
 d_model = 128                   # of both policies
 tau = .1                        # temperature of the target: smaller makes the best codes count more
 eval_every = 100                # steps between evaluations, each with a checkpoint and samples
@@ -67,9 +66,6 @@ n_codes = d_thought_vocab ** think_len
 if n_codes > 2**17:
     fail(f'all d_thought_vocab^think_len codes are scored at every step, and {n_codes} are too many')
 world = World(knobs)
-run = Run(knobs, world)
-if n_codes < input_max:
-    run.print(f'warning: {n_codes} codes cannot name {input_max} answers, accuracy can reach {n_codes / input_max:.4g}')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data
@@ -92,14 +88,17 @@ codes = codes.view(n_codes, think_len).to(world.device)                         
 prices = torch.zeros(n_codes, device=world.device)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# optimisers
+# optimisers and run
 
 thinking_optimizer = make_optimizer(thinking, learning_rate, weight_decay)
 answering_optimizer = make_optimizer(answering, learning_rate_answer, weight_decay_answer)
 optimizers = [thinking_optimizer, answering_optimizer]
+run = Run(knobs, world)
 first_step = run.restore(optimizers)
 if init_from == 'resume':
     prices = knobs.checkpoint['prices'].to(world.device)
+if n_codes < input_max:
+    run.print(f'warning: {n_codes} codes cannot name {input_max} answers, accuracy can reach {n_codes / input_max:.4g}')
 
 
 def save(step, name='ckpt.pt'):

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 from utils import need, sample
 
-# up to this many keys the explicit form of attention is faster than the fused kernel, see bench.py
-TINY = 16
+# on a CPU, up to this many keys, the explicit form of attention has the faster backward pass
+TINY = 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ class ModelConfig:
     n_head: int = 12
     d_model: int = 768
     tie_weights: bool = True    # one matrix embeds and unembeds
-    init: str = 'gpt2'          # 'gpt2': std .02 | 'unit': activations of size one, which small models learn faster from
+    init: str = 'gpt2'          # 'gpt2': std .02 | 'unit': activations of size one, for small models
 
     def __post_init__(self):
         for name in ('d_vocab', 'block_size', 'n_layer', 'n_head', 'd_model'):
@@ -49,6 +49,8 @@ class ModelConfig:
             raise ValueError(f"init={self.init!r} must be 'gpt2' or 'unit'")
         if self.tie_weights and self.reads != self.writes:
             raise ValueError('tie_weights needs a model that reads and writes the same tokens')
+        if self.tie_weights and self.init == 'unit':
+            raise ValueError("init='unit' needs tie_weights=False: embeddings of size one make logits too large")
 
     @property
     def reads(self):
@@ -127,19 +129,18 @@ class KVCache:
 
 def attention(q, k, v):
     """
-    Causal attention. q: (B, H, Sq, D), the last Sq of the Sk positions in k and v: (B, H, Sk, D). Returns (B, H, Sq, D).
+    Causal attention of q (B, H, Sq, D), the last Sq of the Sk positions, to k and v (B, H, Sk, D). Returns q's shape.
     """
     n_query, n_key = q.shape[2], k.shape[2]
-    mask = None     # None: every query sees every key, right for a single query
-    if n_query > 1:
-        mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
-    if n_key > TINY:
-        if n_query == n_key:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if n_query == 1:
+        return F.scaled_dot_product_attention(q, k, v)
+    tiny = n_key <= TINY and q.requires_grad and q.device.type == 'cpu'
+    if n_query == n_key and not tiny:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)      # (Sq, Sk) may see
+    if not tiny:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5     # (B, H, Sq, Sk)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+    scores = (q @ k.transpose(-2, -1) * q.shape[-1] ** -.5).masked_fill(~mask, -torch.inf)           # (B, H, Sq, Sk)
     return scores.softmax(-1) @ v
 
 
@@ -149,6 +150,10 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
         self.c_proj = nn.Linear(config.d_model, config.d_model)
+        # a bias of the keys raises all scores of a query alike and changes nothing: its gradient is rounding error,
+        # which Adam would blow up to full steps, different with every number of processes
+        keys = torch.arange(config.d_model, 2 * config.d_model)
+        self.c_attn.bias.register_hook(lambda grad: grad.index_fill(0, keys.to(grad.device), 0))
 
     def forward(self, x, layer, cache):
         B, S, d_model = x.shape
@@ -185,7 +190,7 @@ class Block(nn.Module):
 class Rollout(NamedTuple):
     """What generation returns: N rows of T new tokens."""
     tokens: torch.Tensor        # (N, T) tokens; from a row's stop token on, only stop tokens
-    log_probs: torch.Tensor     # (N, T) log-probability of each token, of the distribution it was drawn from; 0 outside mask
+    log_probs: torch.Tensor     # (N, T) log-probability of each token in the distribution it was drawn from, else 0
     mask: torch.Tensor          # (N, T) True where the policy chose a token, a row's stop token included
 
 
@@ -238,10 +243,12 @@ class GPT2(nn.Module):
 
     def columns(self, among):
         """The slice of logit columns for a range of tokens; None: all that the model can write."""
-        start, stop = (self.config.writes.start, self.config.writes.stop) if among is None else (among.start, among.stop)
-        if start < self.config.writes.start or stop > self.config.writes.stop:
-            raise ValueError(f'tokens {start}..{stop - 1} are not among those this model writes')
-        return slice(start - self.config.writes.start, stop - self.config.writes.start)
+        writes = self.config.writes
+        if among is None:
+            among = writes
+        if among.start < writes.start or among.stop > writes.stop:
+            raise ValueError(f'tokens {among.start}..{among.stop - 1} are not among those this model writes')
+        return slice(among.start - writes.start, among.stop - writes.start)
 
     @torch.no_grad()
     def generate(self, prompt, n_new, *, n_rollouts=1, among=None, stop=None, temperature=1., top_k=0, top_p=1.,
@@ -290,7 +297,7 @@ class GPT2(nn.Module):
         return Rollout(sequence[:, prompt.shape[1]:], log_probs, mask)
 
     def log_probs(self, prompt, tokens, among=None):
-        """Log-probabilities, with gradient, of tokens (N, T) chosen among a range after prompt (N, S). Returns (N, T)."""
+        """Log-probabilities (N, T), with gradient, of tokens (N, T) chosen among a range after prompt (N, S)."""
         states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1))[:, prompt.shape[1] - 1:]      # (N, T, d_model)
         columns = self.columns(among)
         logits = self.lm_head(states)[..., columns].float()
@@ -375,8 +382,9 @@ class GPT2Thinking(GPT2):
     @staticmethod
     def from_normal(model, d_thought_vocab):
         """
-        Grow a normal GPT2 by d_thought_vocab thoughts and end_thought. Old rows of embedding and unembedding are copied,
-        so logits of normal tokens stay what they were; new rows are drawn around the mean of the old, with their spread.
+        Grow a normal GPT2 by d_thought_vocab thoughts and end_thought. Old rows of embedding and unembedding are
+        copied, so logits of normal tokens stay what they were; new rows are drawn around the mean of the old ones, with
+        their spread.
         """
         shape = {name: value for name, value in asdict(model.config).items() if name != 'd_vocab'}
         config = ThinkingModelConfig(d_normal_vocab=model.config.d_vocab, d_thought_vocab=d_thought_vocab, **shape)
@@ -426,5 +434,6 @@ def make_model(config, checkpoint=None, name='model'):
     model = unpack(checkpoint['models'][name])
     for field, value in asdict(config).items():
         if getattr(model.config, field, None) != value:
-            raise ValueError(f'the model in the checkpoint has {field}={getattr(model.config, field, None)}, not {value}')
+            theirs = getattr(model.config, field, None)
+            raise ValueError(f'the model in the checkpoint has {field}={theirs}, not {value}')
     return model

@@ -65,14 +65,14 @@ FREE = ('init_from', 'eval_only', 'out_dir', 'max_steps', 'max_seconds', 'eval_e
 
 
 class Knobs(dict):
-    """All knobs of a script by name, and: script, source, folder, changed (from the script's own values), checkpoint."""
+    """All knobs of a script by name, and: script (its name), folder, changed (from the script's values), checkpoint."""
 
 
 def read_knobs(file, script_globals):
     """
     Read a script's knobs: the block of `name = value  # meaning, unit` at its top, overridden by --name=value.
     'a' | 'b' in the comment of a text knob lists its choices. --help prints the block. The new values go into the
-    script's globals. With init_from=resume the knobs are those of the checkpoint, init_from=<path> loads that checkpoint.
+    script's globals. With init_from=resume the knobs are the checkpoint's, init_from=<path> just loads a checkpoint.
 
     Returns Knobs. Ends the program with one line for whatever is wrong.
     """
@@ -104,7 +104,7 @@ def read_knobs(file, script_globals):
         given[name] = parse_knob(name, text, defaults[name], choices[name])
 
     knobs = Knobs(defaults | given)
-    knobs.script, knobs.source, knobs.checkpoint = Path(file).stem, source, None
+    knobs.script, knobs.checkpoint = Path(file).stem, None
     name = ','.join(f'{k}={v}' for k, v in given.items() if k not in FREE and v != defaults[k])
     knobs.folder = Path(knobs['out_dir'] or Path('out') / knobs.script / (name.replace('/', '_') or 'default'))
     if knobs['init_from'] != 'scratch':
@@ -213,7 +213,7 @@ def write_atomic(path, write):
 
 
 def load_checkpoint(path, missing='no checkpoint'):
-    """The content of a checkpoint: tensors, numbers and text, nothing that runs. Fails in one line when it is damaged."""
+    """The content of a checkpoint: tensors, numbers and text, nothing that runs. Fails in one line if it is damaged."""
     if not Path(path).is_file():
         fail(f'{missing}: {path} is not there')
     try:
@@ -241,6 +241,10 @@ class Run:
             self.best = resumed['best']
         if not self.writes:
             return
+        with user_errors():
+            wandb = need('wandb', 'for wandb_mode') if knobs['wandb_mode'] != 'disabled' else None
+            if knobs.get('plot'):
+                need('plotly', 'to plot')
         try:
             if not resumed and (self.folder / 'config.json').exists():
                 n = 1
@@ -259,11 +263,9 @@ class Run:
                 self.samples.truncate(resumed['written'][1])
         except OSError as error:
             fail(f'cannot write to {self.folder}: {error.strerror}')
-        if knobs['wandb_mode'] != 'disabled':
-            with user_errors():
-                wandb = need('wandb', 'for wandb_mode')
-            self.wandb = wandb.init(project='think-tokens', name=f'{knobs.script} {self.folder.name}', config=dict(knobs),
-                                    dir=self.folder, mode=knobs['wandb_mode'])
+        if wandb:
+            self.wandb = wandb.init(project='think-tokens', name=f'{knobs.script} {self.folder.name}',
+                                    config=dict(knobs), dir=self.folder, mode=knobs['wandb_mode'])
 
     def seconds(self):
         """Wall-clock seconds of this run, those before it was resumed included."""
@@ -336,7 +338,10 @@ class Run:
         """The last line of stdout: one JSON object."""
         line = {'script': self.knobs.script,
                 'changed': {k: v for k, v in self.knobs.changed.items() if k not in ('init_from', 'out_dir')}, **result,
-                'seconds': round(self.seconds(), 1), 'peak_memory_mb': round(self.world.peak_memory_mb())}
+                'seconds': round(self.seconds(), 2), 'peak_memory_mb': round(self.world.peak_memory_mb())}
+        if self.writes:
+            self.metrics.close()
+            self.samples.close()
         if self.wandb:
             self.wandb.summary.update(line)
             self.wandb.finish()
@@ -393,8 +398,8 @@ def make_optimizer(model, learning_rate, weight_decay, betas=(.9, .98)):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     assert len({id(p) for p in matrices + vectors}) == len(matrices) + len(vectors) == len(list(model.parameters()))
-    return torch.optim.AdamW([{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.}],
-                             lr=learning_rate, betas=betas, fused=next(model.parameters()).device.type != 'mps')
+    groups = [{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=matrices[0].device.type != 'mps')
 
 
 def schedule(optimizer, learning_rate, step, max_steps, warmup_steps):
@@ -481,14 +486,14 @@ def ablations(thoughts, choices, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # colours and pictures
 
-BLUE, CYAN, MAGENTA, GREEN, RED = '34', '36', '35', '32', '31'
+COLOURS = {'red': 31, 'green': 32, 'blue': 34, 'magenta': 35, 'cyan': 36}
 
 
 def paint(text, colour):
     """Text in a colour, where stdout is a terminal and NO_COLOR is not set."""
     if not sys.stdout.isatty() or os.environ.get('NO_COLOR'):
         return text
-    return f'\033[{colour}m{text}\033[0m'
+    return f'\033[{COLOURS[colour]}m{text}\033[0m'
 
 
 def show_tokens(tokens, config, decode=str):
@@ -496,17 +501,17 @@ def show_tokens(tokens, config, decode=str):
     parts = []
     for token in tokens.tolist():
         if token < config.d_normal_vocab:
-            parts.append(paint(decode(token), BLUE))
+            parts.append(paint(decode(token), 'blue'))
         elif token < config.end_thought:
-            parts.append(paint(f'<think{token - config.d_normal_vocab}>', CYAN))
+            parts.append(paint(f'<think{token - config.d_normal_vocab}>', 'cyan'))
         else:
-            parts.append(paint('<end_thought>', MAGENTA))
+            parts.append(paint('<end_thought>', 'magenta'))
     return ' '.join(parts)
 
 
 def paint_tick(right):
     """A green tick or a red cross."""
-    return paint(' ✓', GREEN) if right else paint(' ✗', RED)
+    return paint(' ✓', 'green') if right else paint(' ✗', 'red')
 
 
 def draw_language(path, answers, thoughts, config):
@@ -521,7 +526,7 @@ def draw_language(path, answers, thoughts, config):
     counts = torch.zeros(config.d_normal_vocab, L**T, dtype=torch.long)
     counts.index_put_((answers.cpu(), code), torch.ones_like(code), accumulate=True)
     names = [' '.join(str(c // L**t % L) for t in range(T - 1, -1, -1)) for c in range(L**T)]
-    figure = graph.Figure(graph.Heatmap(z=counts, x=names, y=list(range(config.d_normal_vocab)), colorscale='Blues',
+    figure = graph.Figure(graph.Heatmap(z=counts.numpy(), x=names, y=list(range(config.d_normal_vocab)), colorscale='Blues',
                                         hovertemplate='answer %{y}, thoughts %{x}: %{z} questions<extra></extra>'))
     figure.update_layout(title='The invented language', xaxis={'title': 'thoughts', 'type': 'category'},
                          yaxis_title='answer', width=900, height=800)

@@ -1,0 +1,52 @@
+"""How the tests run the scripts: in a process of their own where that matters, in this one where it does not."""
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = {'add_think_blind': ['--input_max=7', '--d_thought_vocab=7', '--think_len=1', '--batch_size=16', '--d_model=16',
+                            '--n_head=2', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu'],
+        'add_normal': ['--input_max=7', '--batch_size=16', '--d_model=16', '--n_head=2', '--max_steps=6',
+                       '--eval_every=3', '--log_every=1', '--device=cpu']}
+
+
+def start(script, *arguments, launcher=(sys.executable,), env=()):
+    """Start a script with its tiny knobs and more; a running process."""
+    return subprocess.Popen([*launcher, ROOT / f'{script}.py', *TINY[script], *arguments], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'NO_COLOR': '1', **dict(env)})
+
+
+def run(script, *arguments, **how):
+    """Run a script with its tiny knobs and more to its end. Returns the JSON object of its last line."""
+    process = start(script, *arguments, **how)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Run a script in this process: (exit code, stdout, stderr). Quicker, as torch is loaded."""
+    def run_here(script, *arguments):
+        monkeypatch.setattr(sys, 'argv', [f'{script}.py', *TINY[script], *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / f'{script}.py'), run_name='__main__')
+        except SystemExit as error:
+            code = error.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+    return run_here
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl but for the times in them."""
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != 'seconds'} for line in lines]

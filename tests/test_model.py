@@ -1,0 +1,257 @@
+"""model.py: agreement with transformers, fast paths against slow ones, causality, masks, growing."""
+import pytest
+import torch
+import transformers
+
+import model as model_file
+from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig, make_model, pack, unpack
+
+SMALL = dict(block_size=24, n_layer=2, n_head=4, d_model=32)
+
+
+def large_weights(model):
+    """Far from the start, so that differences show: all weights and biases random, logits of a few units."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += .2 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def small_model(**more):
+    return large_weights(GPT2(ModelConfig(d_vocab=50, **{**SMALL, **more})))
+
+
+def small_thinker(**more):
+    return large_weights(GPT2Thinking(ThinkingModelConfig(**{**SMALL, 'd_normal_vocab': 20, 'd_thought_vocab': 6, **more})))
+
+
+def tokens_for(model, n_rows, n_positions, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.reads.start, model.config.reads.stop, (n_rows, n_positions), generator=generator)
+
+
+# ---- Hugging Face
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_logits_equal_transformers_both_ways(tmp_path, tied):
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=50, n_positions=24, n_embd=32, n_layer=2, n_head=4, initializer_range=.2, tie_word_embeddings=tied,
+        bos_token_id=None, eos_token_id=None)).eval()
+    theirs.save_pretrained(tmp_path / 'theirs')
+    ours = GPT2.from_pretrained(str(tmp_path / 'theirs'))
+    tokens = tokens_for(ours, 3, 20)
+    assert ours.config.tie_weights == tied
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+    mine = small_model(tie_weights=tied)
+    mine.save_pretrained(tmp_path / 'mine')
+    back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'mine').eval()
+    torch.testing.assert_close(back(tokens).logits, mine(tokens), atol=1e-4, rtol=0)
+    torch.testing.assert_close(GPT2.from_pretrained(str(tmp_path / 'mine'))(tokens), mine(tokens))
+
+
+def test_a_grown_model_is_exported_too(tmp_path):
+    grown = GPT2Thinking.from_normal(small_model(), 3)
+    grown.save_pretrained(tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    tokens = tokens_for(grown, 2, 9)
+    torch.testing.assert_close(theirs(tokens).logits, grown(tokens), atol=1e-4, rtol=0)
+
+
+def test_what_is_no_gpt2_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match='no GPT-2 weights') as error:
+        GPT2.from_pretrained(str(tmp_path / 'nothing'))
+    assert '\n' not in str(error.value)
+    transformers.LlamaConfig(hidden_size=32).save_pretrained(tmp_path / 'llama')
+    with pytest.raises(ValueError, match='not a plain GPT-2'):
+        GPT2.from_pretrained(str(tmp_path / 'llama'))
+    transformers.GPT2Config(activation_function='relu').save_pretrained(tmp_path / 'relu')
+    with pytest.raises(ValueError, match='activation_function'):
+        GPT2.from_pretrained(str(tmp_path / 'relu'))
+    with pytest.raises(ValueError, match='cannot|only'):
+        small_thinker(tie_weights=False, output_kind='thought').save_pretrained(tmp_path)
+
+
+# ---- the network
+
+@pytest.mark.parametrize('length', [5, 20])     # the explicit form of attention, and the fused one
+def test_causality(length):
+    model = small_model()
+    tokens = tokens_for(model, 2, length)
+    changed = tokens.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % 50
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(after[:, :3], before[:, :3])
+    assert ((after[:, 3:] - before[:, 3:]).abs().amax(dim=-1) > 1e-3).all()
+
+
+def test_explicit_attention_equals_fused(monkeypatch):
+    model = small_model()
+    tokens = tokens_for(model, 2, 7)
+    results = []
+    for tiny in (0, 100):
+        monkeypatch.setattr(model_file, 'TINY', tiny)
+        model.zero_grad()
+        logits = model(tokens)
+        logits.square().mean().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for fused, explicit in zip(*results, strict=True):
+        torch.testing.assert_close(explicit, fused, atol=1e-5, rtol=1e-4)
+
+
+def test_reading_in_parts_equals_reading_at_once():
+    model = small_model()
+    tokens = tokens_for(model, 3, 16)
+    cache = model_file.KVCache(model.config, 3, 16)
+    parts = [model(part, cache) for part in tokens.split([5, 1, 7, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_the_cache_is_read_once_for_a_group():
+    model = small_model()
+    tokens = tokens_for(model, 2, 6)
+    cache = model_file.KVCache(model.config, 2, 7)
+    model(tokens, cache)
+    cache.repeat(3)
+    last = torch.arange(6)[:, None]
+    whole = model(torch.cat([tokens.repeat_interleave(3, dim=0), last], dim=1))
+    torch.testing.assert_close(model(last, cache)[:, -1], whole[:, -1], atol=1e-5, rtol=1e-5)
+
+
+# ---- generation and thoughts
+
+@pytest.mark.parametrize('how', [{}, {'temperature': 0}, {'temperature': .7, 'top_k': 5}, {'top_p': .8}])
+@pytest.mark.parametrize('fixed', [True, False])
+@pytest.mark.parametrize('n_question', [1, 4])
+def test_cached_thoughts_equal_uncached(how, fixed, n_question):
+    model = small_thinker()
+    question = tokens_for(model, 5, n_question)
+    noise = torch.rand(15, 9, generator=torch.Generator().manual_seed(2))
+    fast, slow = (model.think(question, 9, fixed=fixed, n_rollouts=3, noise=noise, use_cache=use_cache, **how)
+                  for use_cache in (True, False))
+    assert torch.equal(fast.tokens, slow.tokens) and torch.equal(fast.mask, slow.mask)
+    torch.testing.assert_close(fast.log_probs, slow.log_probs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('fixed', [True, False])
+def test_sampled_log_probs_equal_those_of_one_forward_pass(fixed):
+    model = small_thinker()
+    question = tokens_for(model, 20, 3)
+    rollout = model.think(question, 6, fixed=fixed)
+    again = model.thought_log_probs(question, rollout.tokens, fixed=fixed)
+    torch.testing.assert_close(rollout.log_probs, again.detach() * rollout.mask, atol=1e-5, rtol=0)
+    assert again.requires_grad
+
+
+def test_fixed_thoughts_hold_no_end_and_variable_ones_end_once():
+    model = small_thinker()
+    question, end = tokens_for(model, 50, 3), model.config.end_thought
+    fixed = model.think(question, 8)
+    assert fixed.mask.all() and fixed.tokens.min() >= 20 and fixed.tokens.max() < end
+
+    rollout = model.think(question, 8, fixed=False)
+    is_end = rollout.tokens == end
+    first_end = torch.where(is_end.any(1), is_end.int().argmax(1), 8)           # (50,)
+    position = torch.arange(8)
+    assert torch.equal(rollout.mask, position <= first_end[:, None])            # all up to the first end, with it
+    assert is_end[position > first_end[:, None]].all()                          # and nothing but ends behind it
+    assert (rollout.log_probs[~rollout.mask] == 0).all() and (rollout.log_probs[rollout.mask] < 0).all()
+    assert len(first_end.unique()) > 3
+
+
+def test_generation_ends_early_when_all_rows_have(monkeypatch):
+    model = small_thinker()
+    calls, hidden = [], model.hidden
+    monkeypatch.setattr(model, 'hidden', lambda *a: calls.append(a[0].shape) or hidden(*a))
+    with torch.no_grad():       # end_thought, the last column, is what any state makes most likely
+        model.lm_head.weight[-1] = 0
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.copy_(model.lm_head.weight[0])
+        model.lm_head.weight[20:-1] = -model.lm_head.weight[0]
+    rollout = model.think(tokens_for(model, 4, 3), 15, fixed=False, temperature=0)
+    assert len(calls) == 2      # the question but its last token, then one step
+    assert rollout.mask.sum(1).tolist() == [1] * 4
+
+
+def test_rollouts_of_a_group_follow_their_own_noise():
+    model = small_thinker()
+    question = tokens_for(model, 3, 4)
+    noise = torch.rand(12, 5)
+    together = model.think(question, 5, n_rollouts=4, noise=noise)
+    alone = model.think(question.repeat_interleave(4, dim=0), 5, noise=noise)
+    assert torch.equal(together.tokens, alone.tokens)
+    assert len(together.tokens[:4].unique(dim=0)) > 1
+
+
+def test_answers_of_mixed_lengths_equal_one_at_a_time():
+    model = small_thinker()
+    question, end = tokens_for(model, 30, 3), model.config.end_thought
+    thoughts = model.think(question, 5, fixed=False).tokens
+    together = model.answer(thoughts, question)
+    assert together.shape == (30, 20)
+    for row in range(30):
+        own = thoughts[row][thoughts[row] != end]
+        sequence = torch.cat([question[row], own, torch.tensor([end])])
+        torch.testing.assert_close(together[row], model(sequence[None])[0, -1, :20], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.answer(thoughts[:, :0], question),     # no thoughts at all
+                               model(torch.cat([question, torch.full((30, 1), end)], dim=1))[:, -1, :20])
+
+
+def test_split_policies_have_only_the_vocabularies_they_need():
+    thinking = small_thinker(output_kind='thought', tie_weights=False)
+    answering = small_thinker(input_kind='thought', output_kind='normal', tie_weights=False)
+    assert thinking.wte.weight.shape[0] == 27 and thinking.lm_head.weight.shape[0] == 7
+    assert answering.wte.weight.shape[0] == 7 and answering.lm_head.weight.shape[0] == 20
+    rollout = thinking.think(tokens_for(thinking, 10, 2), 4, fixed=False)
+    assert rollout.tokens.min() >= 20 and answering.answer(rollout.tokens).shape == (10, 20)
+    with pytest.raises(ValueError, match='not among those'):
+        thinking.generate(tokens_for(thinking, 1, 2), 1, among=range(0, 20))
+    with pytest.raises(IndexError):
+        answering(torch.tensor([[3]]))      # blind: it has no embedding of a normal token
+
+
+# ---- growing, packing, bad shapes
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_growing_leaves_the_old_logits(tied):
+    model = small_model(tie_weights=tied)
+    grown = GPT2Thinking.from_normal(model, 5)
+    tokens = tokens_for(model, 4, 12)
+    assert grown.config.d_vocab_total == 56 and grown.config.end_thought == 55
+    torch.testing.assert_close(grown(tokens)[..., :50], model(tokens), atol=1e-5, rtol=0)
+    assert (grown.lm_head.weight is grown.wte.weight) == tied
+    assert len(grown.wte.weight[50:].unique(dim=0)) == 6
+    grown.think(tokens, 3)
+
+
+def test_pack_and_unpack():
+    for model in (small_model(), small_thinker(input_kind='thought', output_kind='normal', tie_weights=False)):
+        again = unpack(pack(model))
+        assert again.config == model.config and type(again) is type(model)
+        for name, p in model.state_dict().items():
+            assert torch.equal(p, again.state_dict()[name])
+    checkpoint = {'models': {'model': pack(small_model())}}
+    with pytest.raises(ValueError, match='n_layer=2, not 3'):
+        make_model(ModelConfig(d_vocab=50, **{**SMALL, 'n_layer': 3}), checkpoint)
+    with pytest.raises(ValueError, match='no model called thinking'):
+        make_model(small_model().config, checkpoint, 'thinking')
+    del checkpoint['models']['model']['state']['wte.weight']
+    with pytest.raises(ValueError, match='no model of this version'):
+        make_model(small_model().config, checkpoint)
+
+
+@pytest.mark.parametrize('bad', [{'n_head': 3}, {'n_layer': 0}, {'d_model': -8}, {'init': 'zero'}, {'block_size': 0}])
+def test_bad_shapes(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        small_model(**bad)
+
+
+def test_too_long_a_sequence():
+    with pytest.raises(ValueError, match='block_size=24'):
+        small_model()(torch.zeros(1, 25, dtype=torch.long))
+    with pytest.raises(ValueError, match='reads and writes'):
+        small_thinker(output_kind='thought')
+    with pytest.raises(ValueError, match='tie_weights=False'):
+        small_model(init='unit')

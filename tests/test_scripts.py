@@ -1,0 +1,245 @@
+"""The scripts as users run them: every one with tiny knobs, interrupted, by two processes, with bad input."""
+import json
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, metrics, run, start
+
+SCRIPTS = list(TINY)
+THINKING = [script for script in SCRIPTS if script != 'add_normal']
+
+
+# ---- a run and what it leaves
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_what_a_run_leaves(script, run_here, tmp_path):
+    code, out, err = run_here(script, f'--out_dir={tmp_path}/a', '--seed=3')
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result['script'] == script and result['steps'] == 6 and result['changed']['seed'] == 3
+    assert 0 <= result['heldout_accuracy'] <= 1 and result['seconds'] > 0 and result['peak_memory_mb'] > 10
+    if script in THINKING:
+        assert set(result['ablation']) == {'own', 'shuffled', 'random', 'constant', 'none'}
+        assert result['ablation']['own'] == result['heldout_accuracy']
+        assert '<think' in (tmp_path / 'a/samples.txt').read_text()
+    assert sorted(p.name for p in (tmp_path / 'a').iterdir()) == ['best.pt', 'ckpt.pt', 'config.json', 'metrics.jsonl',
+                                                                  'samples.txt']
+    config = json.loads((tmp_path / 'a/config.json').read_text())
+    assert config['knobs']['seed'] == 3 and config['torch'] == torch.__version__ and 'commit' in config
+    assert [line['step'] for line in metrics(tmp_path / 'a')] == [0, 0, 1, 2, 3, 3, 4, 5, 6]
+
+    # evaluating its checkpoint gives the same numbers and writes nothing
+    before = {p: p.read_bytes() for p in (tmp_path / 'a').iterdir()}
+    code, out, _ = run_here(script, f'--out_dir={tmp_path}/a', '--init_from=resume', '--eval_only=True')
+    again = json.loads(out.splitlines()[-1])
+    assert code == 0 and again['steps'] == 6
+    for name in ('accuracy', 'heldout_accuracy', 'ablation'):
+        assert again.get(name) == result.get(name)
+    assert {p: p.read_bytes() for p in (tmp_path / 'a').iterdir()} == before
+
+    # a new run does not overwrite the old one, and may start from its weights
+    code, out, _ = run_here(script, f'--out_dir={tmp_path}/a', f'--init_from={tmp_path}/a/ckpt.pt', '--seed=3',
+                            '--max_steps=1')
+    assert code == 0 and (tmp_path / 'a.1/ckpt.pt').read_bytes() == before[tmp_path / 'a/ckpt.pt']
+    assert metrics(tmp_path / 'a')[0]['heldout_accuracy'] == result['heldout_accuracy']
+
+
+def test_the_folder_is_named_after_what_was_changed(run_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_here('add_normal', '--n_layer=2')
+    folder = tmp_path / 'out/add_normal/input_max=7,batch_size=16,d_model=16,n_head=2,device=cpu,n_layer=2'
+    assert (folder / 'ckpt.pt').exists()
+    assert run_here('add_normal', '--n_layer=2', '--init_from=resume', '--max_steps=8')[0] == 0
+    assert metrics(folder)[-1]['step'] == 8
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_help_prints_the_knobs(script, run_here):
+    code, out, _ = run_here(script, '--help')
+    assert code == 0 and 'input_max = 100' in out and f'python {script}.py' in out
+
+
+def test_wandb_offline(tmp_path):
+    pytest.importorskip('wandb')
+    run('add_normal', f'--out_dir={tmp_path}/a', '--wandb_mode=offline', env={'WANDB_SILENT': 'true'})
+    assert list((tmp_path / 'a/wandb').glob('offline-run-*/*.wandb'))
+
+
+def test_the_picture_shows_who_calls_what_how(run_here, tmp_path, monkeypatch):
+    go = pytest.importorskip('plotly.graph_objects')
+    drawn = []
+    write_html = go.Figure.write_html
+    monkeypatch.setattr(go.Figure, 'write_html', lambda self, *a, **k: drawn.append(self) or write_html(self, *a, **k))
+    assert run_here('add_think_blind', '--think_len=2', f'--out_dir={tmp_path}/a', '--plot=True')[0] == 0
+    counts = torch.as_tensor(drawn[0].data[0].z)
+    assert counts.shape == (7, 49) and counts.sum(1).tolist() == [7] * 7    # 7 questions have each answer
+    page = (tmp_path / 'a/language.html').read_text()
+    assert 'invented language' in page and 'script src=' not in page        # stand-alone
+
+
+def test_max_seconds(run_here, tmp_path):
+    code, out, _ = run_here('add_normal', f'--out_dir={tmp_path}/a', '--max_steps=100000', '--max_seconds=2')
+    assert code == 0 and 'max_seconds=2' in out and 0 < json.loads(out.splitlines()[-1])['steps'] < 100000
+
+
+# ---- do they learn?
+
+def test_blind_policies_invent_a_language(run_here, tmp_path):
+    """11 answers and 16 codes: every answer needs a name, known to both policies."""
+    code, out, _ = run_here('add_think_blind', '--input_max=11', '--d_thought_vocab=4', '--think_len=2', '--d_model=64',
+                            '--n_head=8', '--max_steps=400', '--eval_every=400', '--batch_size=128',
+                            '--weight_decay=1', f'--out_dir={tmp_path}/a')
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0 and result['accuracy'] > .99 and result['codes'] >= 11
+    assert max(result['ablation'][name] for name in ('random', 'constant', 'none')) < .4
+
+
+@pytest.mark.parametrize('order', ['msb', 'lsb'])
+def test_digits_are_learned(order, run_here, tmp_path):
+    code, out, _ = run_here('add_normal', '--encoding=digits', f'--digit_order={order}', '--input_max=30', '--d_model=64',
+                            '--n_head=8', '--max_steps=400', '--eval_every=400', '--batch_size=128', '--weight_decay=1',
+                            f'--out_dir={tmp_path}/a')
+    assert code == 0 and json.loads(out.splitlines()[-1])['accuracy'] > .9
+    assert '+' in (tmp_path / 'a/samples.txt').read_text()
+
+
+def test_fewer_codes_than_answers_warns(run_here, tmp_path):
+    code, out, _ = run_here('add_think_blind', '--d_thought_vocab=2', '--think_len=2', f'--out_dir={tmp_path}/a')
+    assert code == 0 and '4 codes cannot name 7 answers, accuracy can reach 0.5714' in out
+
+
+# ---- interruption
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_killed_and_resumed_equals_uninterrupted(script, tmp_path):
+    more = ['--max_steps=60', '--eval_every=7', '--log_every=2']
+    run(script, f'--out_dir={tmp_path}/whole', *more)
+    process = start(script, f'--out_dir={tmp_path}/killed', *more)
+    log, wanted = tmp_path / 'killed/metrics.jsonl', random.Random().randint(2, 30)     # at any step
+    while process.poll() is None and (not log.exists() or log.read_text().count('\n') < wanted):
+        time.sleep(.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and metrics(tmp_path / 'killed')[-1]['step'] < 60
+    run(script, f'--out_dir={tmp_path}/killed', *more, '--init_from=resume')
+    assert metrics(tmp_path / 'killed') == metrics(tmp_path / 'whole')
+    assert (tmp_path / 'killed/samples.txt').read_text() == (tmp_path / 'whole/samples.txt').read_text()
+    whole, killed = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('whole', 'killed'))
+    for name, packed in whole['models'].items():
+        for key, tensor in packed['state'].items():
+            assert torch.equal(tensor, killed['models'][name]['state'][key]), key
+
+
+# ---- processes
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_two_processes_equal_one(script, tmp_path):
+    more = ['--max_steps=20', '--eval_every=10']
+    one = run(script, f'--out_dir={tmp_path}/one', *more)
+    two = run(script, f'--out_dir={tmp_path}/two', *more,
+              launcher=(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'))
+    assert one['steps'] == two['steps'] == 20
+    one, two = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)['models'] for name in ('one', 'two'))
+    for name, packed in one.items():
+        for key, tensor in packed['state'].items():
+            torch.testing.assert_close(two[name]['state'][key], tensor, atol=1e-5, rtol=0)
+
+
+# ---- bad input
+
+BAD = {
+    '--d_modle=32': 'nearest is --d_model',
+    'd_model=32': 'not of the form --name=value',
+    '--eval_only': 'not of the form --name=value',
+    '--n_head=3': 'n_head=3 does not divide d_model=16',
+    '--max_steps=many': 'must be an integer',
+    '--max_steps=2.5': 'must be an integer',
+    '--max_steps=0': 'must be between 1',
+    '--learning_rate=nan': 'must be between 0',
+    '--learning_rate=inf': 'must be between 0',
+    '--learning_rate=-1': 'must be between 0',
+    '--learning_rate=fast': 'must be a number',
+    '--seed=99999999999999999999': 'must be between 0',
+    '--heldout=1': 'must be between 0',
+    '--batch_size=0': 'must be between 1',
+    '--eval_only=yes': 'must be True or False',
+    '--device=tpu9': '--device=tpu9 is not to be had',
+    '--device=cuda:77': '--device=cuda:77 is not to be had',
+    '--dtype=float8': 'must be one of float32, bfloat16',
+    '--wandb_mode=on': 'must be one of disabled, offline, online',
+    '--init_from=resume': 'nothing to resume',
+    '--init_from=nowhere.pt': 'no checkpoint to start from',
+}
+
+
+def refused(result, message):
+    """Exit code 2, and one line that holds the message."""
+    code, _, err = result
+    assert code == 2 and len(err.splitlines()) == 1 and err.startswith('error: ') and message in err, err
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_bad_input(script, run_here, tmp_path):
+    for argument, message in BAD.items():
+        refused(run_here(script, f'--out_dir={tmp_path}/a', argument), message)
+    assert not (tmp_path / 'a').exists()
+
+
+def test_bad_input_of_one_script(run_here, tmp_path):
+    out = f'--out_dir={tmp_path}/a'
+    refused(run_here('add_normal', out, '--encoding=roman'), 'must be one of int, digits')
+    refused(run_here('add_normal', out, '--input_min=6'), 'leaves no two numbers')
+    refused(run_here('add_think_blind', out, '--think_len=40'), 'are too many')
+    refused(run_here('add_think_blind', out, '--think_len=0'), 'must be between 1')
+    refused(run_here('add_think_blind', out, '--tau=0'), 'must be between')
+
+
+def test_bad_input_has_no_traceback_as_a_process(tmp_path):
+    process = start('add_normal', f'--out_dir={tmp_path}/a', '--n_head=3')
+    _, err = process.communicate()
+    assert process.returncode == 2 and err == 'error: n_head=3 does not divide d_model=16\n'
+
+
+def test_bad_checkpoints(run_here, tmp_path):
+    out = f'--out_dir={tmp_path}/a'
+    assert run_here('add_normal', out)[0] == 0
+    good = (tmp_path / 'a/ckpt.pt').read_bytes()
+    (tmp_path / 'a/ckpt.pt').write_bytes(good[:len(good) // 2])
+    refused(run_here('add_normal', out, '--init_from=resume'), 'damaged or no checkpoint')
+    torch.save([1, 2], tmp_path / 'a/ckpt.pt')
+    refused(run_here('add_normal', out, '--init_from=resume'), 'no checkpoint of these scripts')
+    (tmp_path / 'a/ckpt.pt').write_bytes(good)
+    refused(run_here('add_normal', out, '--init_from=resume', '--n_layer=2'), 'cannot be changed when resuming')
+    refused(run_here('add_think_blind', out, '--init_from=resume'), 'is from add_normal.py')
+    refused(run_here('add_normal', f'--init_from={tmp_path}/a/ckpt.pt', '--n_layer=2'), 'n_layer=1, not 2')
+    refused(run_here('add_think_blind', f'--init_from={tmp_path}/a/ckpt.pt'), 'no model called thinking')
+    lines = metrics(tmp_path / 'a')
+    assert run_here('add_normal', out, '--init_from=resume')[0] == 0      # and nothing was damaged
+    assert metrics(tmp_path / 'a') == lines
+
+
+def test_a_folder_that_cannot_be_written(run_here, tmp_path):
+    (tmp_path / 'file').write_text('')
+    refused(run_here('add_normal', f'--out_dir={tmp_path}/file/a'), 'cannot write to')
+    (tmp_path / 'folder').mkdir(mode=0o500)
+    if not os.access(tmp_path / 'folder', os.W_OK):     # root may write everywhere
+        refused(run_here('add_normal', f'--out_dir={tmp_path}/folder/a'), 'cannot write to')
+
+
+def test_a_missing_package_is_named(run_here, tmp_path, monkeypatch):
+    for package, knob in (('wandb', '--wandb_mode=offline'), ('plotly', '--plot=True')):
+        monkeypatch.setitem(sys.modules, package, None)
+        refused(run_here('add_think_blind', f'--out_dir={tmp_path}/a', knob), f'pip install {package}')
+    assert not (tmp_path / 'a').exists()
+
+
+# ---- the repository
+
+def test_ci_runs_the_command_of_the_readme():
+    command = (ROOT / '.ci/run').read_text().splitlines()[-1].replace(' -q -r', ' -r')
+    assert command in (ROOT / 'README.md').read_text()

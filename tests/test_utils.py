@@ -1,0 +1,200 @@
+"""utils.py: sampling, balanced targets, tasks, optimiser, checkpoints, colours."""
+import itertools
+import math
+import os
+import pickle
+import sys
+
+import pytest
+import torch
+
+import utils
+from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig
+from utils import ablations, addition_pairs, balanced_target, make_optimizer, parse_knob, sample, schedule, show_tokens
+
+
+# ---- sampling
+
+def grid(n):
+    return (torch.arange(n) + .5) / n
+
+
+def test_samples_have_the_probabilities_of_the_softmax():
+    logits = torch.randn(7, generator=torch.Generator().manual_seed(0))
+    tokens, log_probs = sample(logits.expand(100000, 7), grid(100000), temperature=.5)
+    p = (logits / .5).softmax(-1)
+    torch.testing.assert_close(tokens.bincount(minlength=7) / 100000, p, atol=2e-5, rtol=0)
+    torch.testing.assert_close(log_probs, p.log()[tokens])
+
+
+def test_top_k_top_p_and_greedy():
+    logits = torch.tensor([.05, .4, .1, .25, .2]).log()
+
+    def seen(**how):
+        return sample(logits.expand(1000, 5), grid(1000), **how)[0].unique().tolist()
+    assert seen() == [0, 1, 2, 3, 4]
+    assert seen(top_k=2) == [1, 3]
+    assert seen(top_k=99) == [0, 1, 2, 3, 4]
+    assert seen(top_p=.3) == [1]
+    assert seen(top_p=.64) == [1, 3]
+    assert seen(top_p=.66) == [1, 3, 4]
+    assert seen(top_k=3, top_p=.5) == [1, 3]
+    tokens, log_probs = sample(logits[None], torch.tensor([.99]), temperature=0)
+    assert tokens.item() == 1 and log_probs.exp().item() == pytest.approx(.4, abs=1e-6)
+    _, log_probs = sample(logits.expand(9, 5), grid(9), top_k=2)
+    assert log_probs.exp().unique().tolist() == pytest.approx([.25 / .65, .4 / .65], abs=1e-5)
+
+
+def test_no_noise_reaches_an_impossible_token():
+    logits = torch.full((3, 1000), -torch.inf)
+    logits[:, 300:700] = torch.randn(3, 400)
+    for noise in (0., 1 - 2**-24):
+        tokens, log_probs = sample(logits, torch.full((3,), noise))
+        assert ((tokens >= 300) & (tokens < 700)).all() and log_probs.isfinite().all()
+
+
+# ---- balanced targets
+
+def follow(scores, n_calls=300, tau=.1):
+    prices = torch.zeros(scores.shape[1])
+    for _ in range(n_calls):
+        log_target, prices = balanced_target(scores, prices, tau)
+    return log_target.exp()
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_a_square_target_is_as_good_as_the_best_assignment(seed):
+    """Entropic transport loses at most tau times the entropy of a plan, n log n, of the best value."""
+    n, tau = 6, .02
+    scores = torch.randn(n, n, generator=torch.Generator().manual_seed(seed))
+    target = follow(scores, n_calls=1000, tau=tau)
+    torch.testing.assert_close(target.sum(1), torch.ones(n))
+    torch.testing.assert_close(target.sum(0), torch.ones(n), atol=1e-3, rtol=0)
+    best = max(sum(scores[i, j].item() for i, j in enumerate(p)) for p in itertools.permutations(range(n)))
+    assert best - tau * n * math.log(n) <= (target * scores).sum().item() <= best + .01
+
+
+def test_prices_keep_codes_apart():
+    scores = torch.randn(30, 30, generator=torch.Generator().manual_seed(0))
+    assert scores.argmax(1).unique().numel() == 20 and follow(scores, tau=.05).argmax(1).unique().numel() >= 29
+
+
+def test_shares_with_more_and_with_fewer_codes_than_answers():
+    generator = torch.Generator().manual_seed(0)
+    few = follow(torch.randn(30, 10, generator=generator))
+    torch.testing.assert_close(few.sum(0), torch.full((10,), 3.), atol=1e-2, rtol=0)
+    scores = torch.randn(10, 300, generator=generator)
+    many = follow(scores)
+    assert many.sum(0).max() < 1.01
+    best = scores.argmax(1)
+    alone = best.bincount(minlength=300)[best] == 1     # nobody else wants it, so nothing is in its way
+    assert alone.any() and torch.equal(many.argmax(1)[alone], best[alone])
+
+
+# ---- tasks
+
+def test_pairs_are_split_without_loss_or_overlap():
+    train, test = addition_pairs(0, 13, .2, seed=3)
+    assert len(test) == round(.2 * 169)
+    assert sorted(map(tuple, torch.cat([train, test]).tolist())) == [(a, b) for a in range(13) for b in range(13)]
+    assert torch.equal(addition_pairs(0, 13, .2, seed=3)[0], train)
+    assert not torch.equal(addition_pairs(0, 13, .2, seed=4)[0], train)
+    assert [len(part) for part in addition_pairs(0, 2, .01, seed=0)] == [3, 1]
+
+
+def test_pairs_of_large_numbers_are_drawn():
+    train, test = addition_pairs(10000, 100000, .1, seed=0, n_max=5000)
+    both = torch.cat([train, test])
+    assert 4990 <= len(both) <= 5000 and both.min() >= 10000 and both.max() < 100000
+    assert len(both.unique(dim=0)) == len(both)
+    assert both[:, 0].float().mean().item() == pytest.approx(55000, rel=.03)
+
+
+# ---- optimiser and schedule
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_every_parameter_is_optimised_once(tied):
+    model = GPT2(ModelConfig(d_vocab=9, block_size=4, n_layer=2, n_head=2, d_model=8, tie_weights=tied))
+    decayed, free = make_optimizer(model, 1e-3, .1).param_groups
+    ids = [id(p) for group in (decayed, free) for p in group['params']]
+    assert len(set(ids)) == len(ids) and set(ids) == {id(p) for p in model.parameters()}
+    assert decayed['weight_decay'] == .1 and all(p.dim() == 2 for p in decayed['params'])
+    assert free['weight_decay'] == 0 and all(p.dim() == 1 for p in free['params'])
+
+
+def test_schedule():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.)
+    rates = []
+    for step in range(100):
+        schedule(optimizer, 2., step, 100, warmup_steps=9)
+        rates.append(optimizer.param_groups[0]['lr'])
+    assert rates[0] == pytest.approx(.2) and rates[9] == rates[50] == 2. and rates[75] == pytest.approx(1.)
+    assert rates[99] == pytest.approx(.04) and sorted(rates[50:], reverse=True) == rates[50:]
+
+
+# ---- ablations
+
+def test_ablations():
+    thoughts = torch.randint(20, 26, (500, 3), generator=torch.Generator().manual_seed(0))
+    thoughts[:100] = torch.tensor([21, 22, 23])
+    replaced = ablations(thoughts, range(20, 26))
+    assert list(replaced) == ['own', 'shuffled', 'random', 'constant', 'none']
+    assert torch.equal(replaced['own'], thoughts) and replaced['none'].shape == (500, 0)
+    assert replaced['shuffled'].sort(0).values.equal(thoughts.sort(0).values)
+    assert not torch.equal(replaced['shuffled'], thoughts)
+    assert (replaced['constant'] == torch.tensor([21, 22, 23])).all()
+    assert replaced['random'].unique().tolist() == list(range(20, 26))
+    assert torch.equal(ablations(thoughts, range(20, 26))['random'], replaced['random'])
+
+
+# ---- knobs and files
+
+def test_knobs_have_the_type_of_their_default():
+    assert parse_knob('tau', '2', .1) == 2. and isinstance(parse_knob('tau', '2', .1), float)
+    assert parse_knob('max_steps', '30', 5) == 30 and parse_knob('plot', 'True', False) is True
+    assert parse_knob('encoding', 'int', 'digits', ['int', 'digits']) == 'int'
+
+
+def test_a_file_is_never_half_written(tmp_path):
+    path = tmp_path / 'file'
+    utils.write_atomic(path, lambda p: p.write_text('old'))
+
+    def breaks(p):
+        p.write_text('half')
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        utils.write_atomic(path, breaks)
+    assert path.read_text() == 'old'
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'harm'),)
+    for name, write in (('torch.pt', torch.save), ('pickle.pt', lambda o, p: p.write_bytes(pickle.dumps(o)))):
+        write({'script': 'x', 'knobs': {}, 'models': Harmful()}, tmp_path / name)
+        with pytest.raises(SystemExit) as error:
+            utils.load_checkpoint(tmp_path / name)
+        assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / 'harm').exists()
+
+
+# ---- colours and pictures
+
+def test_colours_only_on_a_terminal(monkeypatch):
+    config = ThinkingModelConfig(d_normal_vocab=10, d_thought_vocab=3, block_size=4, n_layer=1, n_head=1, d_model=4)
+    tokens = torch.tensor([7, 10, 12, 13, 9])
+    plain = '7 <think0> <think2> <end_thought> 9'
+    assert show_tokens(tokens, config) == plain
+    monkeypatch.delenv('NO_COLOR', raising=False)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    assert show_tokens(tokens, config) == ('\033[34m7\033[0m \033[36m<think0>\033[0m \033[36m<think2>\033[0m '
+                                           '\033[35m<end_thought>\033[0m \033[34m9\033[0m')
+    monkeypatch.setenv('NO_COLOR', '1')
+    assert show_tokens(tokens, config) == plain
+
+
+def test_config_of_a_thinker_names_its_tokens():
+    config = GPT2Thinking(ThinkingModelConfig(d_normal_vocab=10, d_thought_vocab=3, block_size=4, n_layer=1, n_head=1,
+                                              d_model=4)).config
+    assert (config.d_vocab_total, config.end_thought, config.reads) == (14, 13, range(14))
