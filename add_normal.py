@@ -5,7 +5,8 @@ Addition answered at once: the baseline without thoughts.
 
     python add_normal.py                                                   # one token per integer, (a + b) % 100
     python add_normal.py --encoding=digits --input_max=1000                # characters: 007+012=0019
-    python add_normal.py --encoding=digits --input_min=10000 --input_max=100000 --max_steps=4000
+    python add_normal.py --encoding=digits --input_min=10000 --input_max=100000 --n_layer=2 --weight_decay=.3 ...
+                                ... --max_steps=6000                       # five digits, for a GPU
     python add_normal.py --init_from=resume                                # go on after an interruption
     torchrun --standalone --nproc_per_node=2 add_normal.py                 # the same update, by two processes
 
@@ -19,8 +20,7 @@ import torch
 from model import ModelConfig, make_model, pack
 from utils import Run, World, addition_pairs, fail, make_optimizer, paint, paint_tick, read_knobs, schedule, user_errors
 
-# ---------------------------------------------------------------------------------------------------------------------
-# knobs
+# ---- knobs ----------------------------------------------------------------------------------------------------------
 
 encoding = 'int'                # 'int' | 'digits'
 digit_order = 'msb'             # 'msb' | 'lsb': of the answer's digits, most or least significant first
@@ -47,16 +47,14 @@ eval_only = False               # evaluate, train nothing, write nothing
 out_dir = ''                    # folder of the run; empty: out/add_normal/<changed knobs>
 wandb_mode = 'disabled'         # 'disabled' | 'offline' | 'online'
 
-# ---------------------------------------------------------------------------------------------------------------------
-# set-up
+# ---- set-up ---------------------------------------------------------------------------------------------------------
 
 knobs = read_knobs(__file__, globals())
 if input_min >= input_max - 1:
     fail(f'--input_min={input_min} leaves no two numbers below input_max={input_max}')
 world = World(knobs)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data
+# ---- data -----------------------------------------------------------------------------------------------------------
 
 train_pairs, heldout_pairs = (pairs.to(world.device) for pairs in addition_pairs(input_min, input_max, heldout, seed))
 CHARACTERS = '0123456789+='
@@ -86,16 +84,14 @@ def decode(tokens):
 
 question_len, answer_len = (tokens.shape[1] for tokens in encode(train_pairs[:1]))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# model
+# ---- model ----------------------------------------------------------------------------------------------------------
 
 with user_errors():
     config = ModelConfig(d_vocab=input_max if encoding == 'int' else len(CHARACTERS), n_layer=n_layer, n_head=n_head,
                          d_model=d_model, block_size=question_len + answer_len, init='unit', tie_weights=False)
     model = make_model(config, knobs.checkpoint).to(world.device)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# optimiser and run
+# ---- optimiser and run ----------------------------------------------------------------------------------------------
 
 optimizer = make_optimizer(model, learning_rate, weight_decay)
 run = Run(knobs, world)
@@ -106,8 +102,7 @@ def save(step, name='ckpt.pt'):
     run.save(step, {'model': pack(model)}, [optimizer], name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
+# ---- evaluation -----------------------------------------------------------------------------------------------------
 
 def answer_greedily(question):
     """question: (n, S). Returns the answers (n, A) that the model prefers."""
@@ -134,8 +129,7 @@ def evaluate(step):
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training
+# ---- training -------------------------------------------------------------------------------------------------------
 
 n_steps = first_step
 for step in run.steps(first_step, first_step if eval_only else max_steps):
@@ -159,8 +153,7 @@ for step in run.steps(first_step, first_step if eval_only else max_steps):
         run.log(step, loss=loss.item())
     n_steps = step + 1
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the last line
+# ---- the last line --------------------------------------------------------------------------------------------------
 
 save(n_steps)
 result = evaluate(n_steps)

@@ -27,8 +27,7 @@ from model import ThinkingModelConfig, make_model, pack
 from utils import (Run, World, ablations, addition_pairs, balanced_target, draw_language, fail, make_optimizer,
                    paint_tick, read_knobs, sample, schedule, show_tokens, user_errors)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# knobs
+# ---- knobs ----------------------------------------------------------------------------------------------------------
 
 input_max = 100                 # M: numbers are 0..M-1
 d_thought_vocab = 10            # L: thought tokens
@@ -58,8 +57,7 @@ out_dir = ''                    # folder of the run; empty: out/add_think_blind/
 wandb_mode = 'disabled'         # 'disabled' | 'offline' | 'online'
 plot = False                    # draw the language at the end: language.html, needs plotly
 
-# ---------------------------------------------------------------------------------------------------------------------
-# set-up
+# ---- set-up ---------------------------------------------------------------------------------------------------------
 
 knobs = read_knobs(__file__, globals())
 n_codes = d_thought_vocab ** think_len
@@ -67,13 +65,11 @@ if n_codes > 2**17:
     fail(f'all d_thought_vocab^think_len codes are scored at every step, and {n_codes} are too many')
 world = World(knobs)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data
+# ---- data -----------------------------------------------------------------------------------------------------------
 
 train_pairs, heldout_pairs = (pairs.to(world.device) for pairs in addition_pairs(0, input_max, heldout, seed))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# models
+# ---- models ---------------------------------------------------------------------------------------------------------
 
 shape = dict(block_size=think_len + 2, n_layer=n_layer, n_head=n_head, d_model=d_model, init='unit', tie_weights=False,
              d_normal_vocab=input_max, d_thought_vocab=d_thought_vocab)
@@ -87,8 +83,7 @@ codes = torch.cartesian_prod(*[torch.arange(thought_tokens.start, thought_tokens
 codes = codes.view(n_codes, think_len).to(world.device)                                         # (n_codes, T)
 prices = torch.zeros(n_codes, device=world.device)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# optimisers and run
+# ---- optimisers and run ---------------------------------------------------------------------------------------------
 
 thinking_optimizer = make_optimizer(thinking, learning_rate, weight_decay)
 answering_optimizer = make_optimizer(answering, learning_rate_answer, weight_decay_answer)
@@ -105,8 +100,7 @@ def save(step, name='ckpt.pt'):
     run.save(step, {'thinking': pack(thinking), 'answering': pack(answering)}, optimizers, name, prices=prices)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
+# ---- evaluation -----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def think_greedily(question):
@@ -142,8 +136,7 @@ def evaluate(step):
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training
+# ---- training -------------------------------------------------------------------------------------------------------
 
 n_steps = first_step
 for step in run.steps(first_step, first_step if eval_only else max_steps):
@@ -179,8 +172,7 @@ for step in run.steps(first_step, first_step if eval_only else max_steps):
                 target_codes=len(log_target.argmax(1).unique()), highest_price=prices.max().item())
     n_steps = step + 1
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the last line
+# ---- the last line --------------------------------------------------------------------------------------------------
 
 save(n_steps)
 result = evaluate(n_steps)

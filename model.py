@@ -25,8 +25,7 @@ from utils import need, sample
 TINY = 8
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# configs
+# ---- configs --------------------------------------------------------------------------------------------------------
 
 @dataclass
 class ModelConfig:
@@ -103,8 +102,7 @@ class ThinkingModelConfig(ModelConfig):
         return self.d_vocab - 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the network
+# ---- the network ----------------------------------------------------------------------------------------------------
 
 class KVCache:
     """Keys and values of the positions a model has already read, in memory reserved once: (layer, 2, B, H, S, D)."""
@@ -400,8 +398,7 @@ class GPT2Thinking(GPT2):
         return grown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# models in checkpoints
+# ---- models in checkpoints ------------------------------------------------------------------------------------------
 
 MODELS = {'ModelConfig': (ModelConfig, GPT2), 'ThinkingModelConfig': (ThinkingModelConfig, GPT2Thinking)}
 

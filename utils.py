@@ -22,8 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# bad input: one line, exit code 2
+# ---- bad input: one line, exit code 2 -------------------------------------------------------------------------------
 
 def fail(message):
     """End the program for a mistake of its user: one line on stderr, exit code 2, no traceback."""
@@ -49,15 +48,14 @@ def need(package, purpose):
         raise ValueError(f'{package} is needed {purpose}: pip install {package}') from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# knobs
+# ---- knobs ----------------------------------------------------------------------------------------------------------
 
 LIMITS = {  # smallest and largest value of a knob; the others may be anything from 0 to 2**31 - 1
     'input_max': (2, 2**31 - 1),
-    **dict.fromkeys(('d_thought_vocab', 'n_layer', 'n_head', 'd_model', 'batch_size', 'group_size',
-                     'think_len', 'max_steps', 'eval_every', 'eval_questions', 'log_every'), (1, 2**31 - 1)),
+    **dict.fromkeys(('d_thought_vocab', 'think_len', 'n_layer', 'n_head', 'd_model', 'batch_size', 'max_steps',
+                     'eval_every', 'eval_questions', 'log_every'), (1, 2**31 - 1)),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
-    **dict.fromkeys(('heldout',), (0, .99)),
+    'heldout': (0, .99),
 }
 # knobs that may differ when a run is resumed; they do not name its folder either
 FREE = ('init_from', 'eval_only', 'out_dir', 'max_steps', 'max_seconds', 'eval_every', 'log_every', 'wandb_mode',
@@ -79,17 +77,17 @@ def read_knobs(file, script_globals):
     source = Path(file).read_text()
     defaults, choices, first, last = {}, {}, None, None
     for node in ast.parse(source).body:
-        if 'read_knobs' in (ast.get_source_segment(source, node) or '') and not isinstance(node, ast.ImportFrom):
-            break
         if isinstance(node, ast.Assign):
+            if isinstance(node.value, ast.Call):    # knobs = read_knobs(...), behind the block
+                break
             name = node.targets[0].id
             defaults[name] = ast.literal_eval(node.value)
             first, last = first or node.lineno, node.end_lineno
             comment = source.splitlines()[last - 1].partition('#')[2]
-            choices[name] = re.findall(r"'([^']*)'", comment) if re.search(r"'[^']*' \| '", comment) else None
-    block = source.splitlines()[first - 1:last]
+            choices[name] = re.findall(r"'([^']*)'", comment) if "' | '" in comment else None
     if {'-h', '--help'} & set(sys.argv[1:]):
-        print(f'{ast.get_docstring(ast.parse(source))}\n\nKnobs, set by --name=value:\n', '\n'.join(block), sep='\n')
+        print(ast.get_docstring(ast.parse(source)), 'Knobs, set by --name=value:', sep='\n\n', end='\n\n')
+        print('\n'.join(source.splitlines()[first - 1:last]))
         sys.exit(0)
 
     given = {}
@@ -106,8 +104,8 @@ def read_knobs(file, script_globals):
     knobs = Knobs(defaults | given)
     knobs.script, knobs.checkpoint = Path(file).stem, None
     name = ','.join(f'{k}={v}' for k, v in given.items() if k not in FREE and v != defaults[k])
-    knobs.folder = Path(knobs['out_dir'] or Path('out') / knobs.script / (name.replace('/', '_') or 'default'))
-    if knobs['init_from'] != 'scratch':
+    knobs.folder = Path(knobs.get('out_dir') or Path('out') / knobs.script / (name.replace('/', '_') or 'default'))
+    if knobs.get('init_from', 'scratch') != 'scratch':
         resume = knobs['init_from'] == 'resume'
         path = knobs.folder / 'ckpt.pt' if resume else Path(knobs['init_from'])
         knobs.checkpoint = load_checkpoint(path, 'nothing to resume' if resume else 'no checkpoint to start from')
@@ -117,7 +115,7 @@ def read_knobs(file, script_globals):
             for name, old in knobs.checkpoint['knobs'].items():
                 if name in given and name not in FREE and given[name] != old:
                     fail(f'--{name}={given[name]} cannot be changed when resuming, it was {old}')
-                if name in defaults and name not in given and name not in FREE:
+                if name in defaults and name not in given and name not in ('init_from', 'eval_only', 'out_dir'):
                     knobs[name] = old
     knobs.changed = {k: v for k, v in knobs.items() if v != defaults[k]}
     script_globals.update(knobs)
@@ -145,8 +143,7 @@ def parse_knob(name, text, default, choices=None):
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# device and processes
+# ---- device and processes -------------------------------------------------------------------------------------------
 
 class World:
     """
@@ -200,8 +197,7 @@ class World:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the run directory
+# ---- the run directory ----------------------------------------------------------------------------------------------
 
 def write_atomic(path, write):
     """Let write(temporary_path) write a file, then rename it: path is never half-written."""
@@ -278,7 +274,10 @@ class Run:
         checkpoint = self.knobs.checkpoint
         for optimizer, state in zip(optimizers, checkpoint['optimizers'], strict=True):
             optimizer.load_state_dict(state)
-        self.world.generator.set_state(checkpoint['generator'])
+        try:
+            self.world.generator.set_state(checkpoint['generator'])
+        except RuntimeError:
+            fail('this run was made on another kind of device: pass its ckpt.pt as init_from instead of resuming')
         return checkpoint['step']
 
     def steps(self, first, last):
@@ -286,20 +285,16 @@ class Run:
         self.bar = tqdm(range(first, last), initial=first, total=last, dynamic_ncols=True,
                         disable=None if self.world.main else True)
         for step in self.bar:
-            if self.out_of_time():
+            late = self.seconds() > self.knobs['max_seconds']
+            if self.world.size > 1:     # the main process's clock counts for all
+                flag = torch.tensor(float(late), device=self.world.device)
+                dist.broadcast(flag, 0)
+                late = bool(flag)
+            if late:
                 self.print(f'stopped at step {step}: max_seconds={self.knobs["max_seconds"]:g} have passed')
                 break
             yield step
         self.bar.close()
-
-    def out_of_time(self):
-        """True when max_seconds have passed; the main process's clock counts for all."""
-        late = self.seconds() > self.knobs['max_seconds']
-        if self.world.size > 1:
-            flag = torch.tensor(float(late), device=self.world.device)
-            dist.broadcast(flag, 0)
-            late = bool(flag)
-        return late
 
     def print(self, text):
         """Print above the progress bar."""
@@ -352,11 +347,11 @@ class Run:
 
 
 def git_commit():
-    """The commit of this checkout, with + when files differ from it; None outside one."""
+    """The commit of this checkout, with + when its scripts differ from it; None outside one."""
     git = ['git', '-C', str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, 'status', '--porcelain'], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run([*git, 'status', '--porcelain', '*.py'], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + '+' * bool(changed)
@@ -369,8 +364,7 @@ def device_name(device):
     return f'{device.type}, {torch.get_num_threads()} threads'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tasks
+# ---- tasks ----------------------------------------------------------------------------------------------------------
 
 def addition_pairs(input_min, input_max, heldout, seed, n_max=10**6):
     """
@@ -390,8 +384,7 @@ def addition_pairs(input_min, input_max, heldout, seed, n_max=10**6):
     return pairs[n_heldout:], pairs[:n_heldout]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# optimiser and schedule
+# ---- optimiser and schedule -----------------------------------------------------------------------------------------
 
 def make_optimizer(model, learning_rate, weight_decay, betas=(.9, .98)):
     """AdamW that decays matrices and embeddings, and neither biases nor norms; schedule() sets the learning rate."""
@@ -409,8 +402,7 @@ def schedule(optimizer, learning_rate, step, max_steps, warmup_steps):
         group['lr'] = learning_rate * factor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sampling
+# ---- sampling -------------------------------------------------------------------------------------------------------
 
 def sample(logits, noise, temperature=1., top_k=0, top_p=1.):
     """
@@ -441,8 +433,7 @@ def sample(logits, noise, temperature=1., top_k=0, top_p=1.):
     return token, log_p.gather(-1, token[:, None])[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# balanced targets
+# ---- balanced targets -----------------------------------------------------------------------------------------------
 
 def balanced_target(scores, prices, tau, n_iter=10):
     """
@@ -464,8 +455,7 @@ def balanced_target(scores, prices, tau, n_iter=10):
     return (wanted - prices).log_softmax(1), prices
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# are the thoughts used?
+# ---- are the thoughts used? -----------------------------------------------------------------------------------------
 
 def ablations(thoughts, choices, seed=0):
     """
@@ -483,8 +473,7 @@ def ablations(thoughts, choices, seed=0):
             'none': thoughts[:, :0]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# colours and pictures
+# ---- colours and pictures -------------------------------------------------------------------------------------------
 
 COLOURS = {'red': 31, 'green': 32, 'blue': 34, 'magenta': 35, 'cyan': 36}
 
@@ -526,8 +515,9 @@ def draw_language(path, answers, thoughts, config):
     counts = torch.zeros(config.d_normal_vocab, L**T, dtype=torch.long)
     counts.index_put_((answers.cpu(), code), torch.ones_like(code), accumulate=True)
     names = [' '.join(str(c // L**t % L) for t in range(T - 1, -1, -1)) for c in range(L**T)]
-    figure = graph.Figure(graph.Heatmap(z=counts.numpy(), x=names, y=list(range(config.d_normal_vocab)), colorscale='Blues',
-                                        hovertemplate='answer %{y}, thoughts %{x}: %{z} questions<extra></extra>'))
+    figure = graph.Figure(graph.Heatmap(
+        z=counts.numpy(), x=names, y=list(range(config.d_normal_vocab)), colorscale='Blues',
+        hovertemplate='answer %{y}, thoughts %{x}: %{z} questions<extra></extra>'))
     figure.update_layout(title='The invented language', xaxis={'title': 'thoughts', 'type': 'category'},
                          yaxis_title='answer', width=900, height=800)
     write_atomic(path, lambda temporary: figure.write_html(temporary, include_plotlyjs=True))

@@ -23,7 +23,8 @@ def small_model(**more):
 
 
 def small_thinker(**more):
-    return large_weights(GPT2Thinking(ThinkingModelConfig(**{**SMALL, 'd_normal_vocab': 20, 'd_thought_vocab': 6, **more})))
+    shape = {**SMALL, 'd_normal_vocab': 20, 'd_thought_vocab': 6, **more}
+    return large_weights(GPT2Thinking(ThinkingModelConfig(**shape)))
 
 
 def tokens_for(model, n_rows, n_positions, seed=1):

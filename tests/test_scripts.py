@@ -56,6 +56,11 @@ def test_the_folder_is_named_after_what_was_changed(run_here, tmp_path, monkeypa
     assert (folder / 'ckpt.pt').exists()
     assert run_here('add_normal', '--n_layer=2', '--init_from=resume', '--max_steps=8')[0] == 0
     assert metrics(folder)[-1]['step'] == 8
+    # resuming without knobs takes those of the checkpoint, the number of steps as well
+    monkeypatch.setattr('conftest.TINY', {'add_normal': []})
+    code, out, _ = run_here('add_normal', f'--out_dir={folder}', '--init_from=resume')
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0 and result['steps'] == 8 and result['changed']['input_max'] == 7
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -101,9 +106,9 @@ def test_blind_policies_invent_a_language(run_here, tmp_path):
 
 @pytest.mark.parametrize('order', ['msb', 'lsb'])
 def test_digits_are_learned(order, run_here, tmp_path):
-    code, out, _ = run_here('add_normal', '--encoding=digits', f'--digit_order={order}', '--input_max=30', '--d_model=64',
-                            '--n_head=8', '--max_steps=400', '--eval_every=400', '--batch_size=128', '--weight_decay=1',
-                            f'--out_dir={tmp_path}/a')
+    code, out, _ = run_here('add_normal', '--encoding=digits', f'--digit_order={order}', '--input_max=30',
+                            '--d_model=64', '--n_head=8', '--max_steps=400', '--eval_every=400', '--batch_size=128',
+                            '--weight_decay=1', f'--out_dir={tmp_path}/a')
     assert code == 0 and json.loads(out.splitlines()[-1])['accuracy'] > .9
     assert '+' in (tmp_path / 'a/samples.txt').read_text()
 
