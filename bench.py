@@ -32,7 +32,7 @@ knobs = read_knobs(__file__, globals())
 FIVE_DIGITS = '--encoding=digits --input_min=10000 --input_max=100000 --n_layer=2 --max_steps=6000 --weight_decay=.3'
 LEARNING = {
     'blind': ('cpu', 'add_think_blind.py', '', 'two thoughts of ten tokens'),
-    'blind-one': ('cpu', 'add_think_blind.py', '--d_thought_vocab=100 --think_len=1', 'one thought of a hundred tokens'),
+    'blind-one': ('cpu', 'add_think_blind.py', '--d_thought_vocab=100 --think_len=1', 'one of a hundred tokens'),
     'normal': ('cpu', 'add_normal.py', '', 'the control: no thoughts, same size and steps'),
     'digits': ('cpu', 'add_normal.py', '--encoding=digits --input_max=1000', 'text, highest digit first'),
     'digits-lsb': ('cpu', 'add_normal.py', '--encoding=digits --input_max=1000 --digit_order=lsb', 'lowest first'),
@@ -93,8 +93,8 @@ def learning_table():
                                   for kind in ('shuffled', 'random', 'constant', 'none'))
         accuracy, heldout, seconds = (spread([run[key] for run in runs], n_digits) for key, n_digits in
                                       (('accuracy', 4), ('heldout_accuracy', 4), ('seconds', 0)))
-        lines.append(f'| `{result["command"]}` | {what} | {accuracy} | {heldout} | {ablation} | {seconds} | {len(runs)} '
-                     f'| {result["hardware"]} |')
+        lines.append(f'| `{result["command"]}` | {what} | {accuracy} | {heldout} | {ablation} | {seconds} '
+                     f'| {len(runs)} | {result["hardware"]} |')
     return '\n'.join(lines)
 
 

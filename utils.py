@@ -348,13 +348,14 @@ class Run:
 
 def git_commit():
     """The commit of this checkout, with + when its scripts differ from it; None outside one."""
-    git = ['git', '-C', str(Path(__file__).parent)]
+    def git(*words):
+        command = ['git', '-C', Path(__file__).parent, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     try:
-        commit = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, 'status', '--porcelain', '*.py'], capture_output=True, text=True, check=True).stdout
+        return git('rev-parse', 'HEAD').strip() + '+' * bool(git('status', '--porcelain', '*.py'))
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + '+' * bool(changed)
 
 
 def device_name(device):
