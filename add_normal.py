@@ -112,7 +112,7 @@ def answer_greedily(question):
 def accuracy(pairs):
     """Share of questions (n, 2) whose whole answer is right."""
     question, answer = encode(pairs)
-    return (answer_greedily(question) == answer).all(1).float().mean().item()
+    return (answer_greedily(question) == answer).all(1).sum().item() / len(pairs)
 
 
 def evaluate(step):

@@ -116,7 +116,7 @@ def answer_greedily(thoughts):
 
 def accuracy(question, thoughts):
     """Share of questions (n, 2) answered rightly after thoughts (n, T)."""
-    return (answer_greedily(thoughts) == question.sum(1) % input_max).float().mean().item()
+    return (answer_greedily(thoughts) == question.sum(1) % input_max).sum().item() / len(question)
 
 
 def evaluate(step):

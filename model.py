@@ -81,8 +81,11 @@ class ThinkingModelConfig(ModelConfig):
         super().__post_init__()
 
     def _range(self, kind):
-        return {'all': range(self.d_vocab), 'normal': range(self.d_normal_vocab),
-                'thought': range(self.d_normal_vocab, self.d_vocab)}[kind]
+        ranges = {'all': range(self.d_vocab), 'normal': range(self.d_normal_vocab),
+                  'thought': range(self.d_normal_vocab, self.d_vocab)}
+        if kind not in ranges:
+            raise ValueError(f'input_kind and output_kind must be one of {", ".join(ranges)}, not {kind!r}')
+        return ranges[kind]
 
     @property
     def reads(self):

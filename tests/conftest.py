@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+torch.set_num_threads(1)    # tiny models are faster so
 ROOT = Path(__file__).parent.parent
 TINY = {'add_think_blind': ['--input_max=7', '--d_thought_vocab=7', '--think_len=1', '--batch_size=16', '--d_model=16',
                             '--n_head=2', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu'],

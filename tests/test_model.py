@@ -252,6 +252,8 @@ def test_bad_shapes(bad):
 def test_too_long_a_sequence():
     with pytest.raises(ValueError, match='block_size=24'):
         small_model()(torch.zeros(1, 25, dtype=torch.long))
+    with pytest.raises(ValueError, match='must be one of all, normal, thought'):
+        small_thinker(input_kind='thoughts')
     with pytest.raises(ValueError, match='reads and writes'):
         small_thinker(output_kind='thought')
     with pytest.raises(ValueError, match='tie_weights=False'):
