@@ -18,8 +18,8 @@ the target), which makes codes that are a little better for an answer a lot bett
 
 What it is not: a policy gradient. Advantage-weighted regression (Peng et al. 2019) would weight samples of the thinking
 policy by softmax(reward / tau); here all codes are weighted, and the weights are balanced over codes, without which
-answers come to share codes (77 of 100 codes survived in a trial). Because all codes are scored, the language is the
-answering policy's invention, and the thinking policy learns it.
+answers come to share codes (--balance_steps=0). Because all codes are scored, the language is the answering policy's
+invention, and the thinking policy learns it.
 """
 import torch
 
@@ -45,6 +45,7 @@ n_layer = 1                     # of both policies
 n_head = 32                     # of both policies
 d_model = 128                   # of both policies
 tau = .1                        # temperature of the target: smaller makes the best codes count more
+balance_steps = 10              # iterations per step that keep answers from sharing codes; 0: they may
 eval_every = 100                # steps between evaluations, each with a checkpoint and samples
 eval_questions = 10000          # questions of each kind per evaluation, at most
 log_every = 10                  # steps between lines of metrics.jsonl
@@ -155,7 +156,7 @@ for step in run.steps(first_step, first_step if eval_only else max_steps):
     with world.autocast:
         # rewards of all codes, and the thoughts that the target draws
         log_q = answering.answer(codes).float().log_softmax(-1).T                   # (M, n_codes) log p(answer | code)
-        log_target, prices = balanced_target(log_q.detach(), prices, tau)           # (M, n_codes)
+        log_target, prices = balanced_target(log_q.detach(), prices, tau, balance_steps)
         code, _ = sample(log_target[answer], noise)
         thoughts = codes[code]                                                      # (B, T)
 

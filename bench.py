@@ -1,9 +1,10 @@
 """
 Every number in the README: this script measures it, keeps the raw results in assets/results/ and writes the tables.
 
-    python bench.py                             # all runs of the learning table that belong on this machine
-    python bench.py --only=blind --seeds=2      # those of one row
-    python bench.py --suite=tables              # no runs: the README's tables from assets/results/
+    python bench.py                                 # all runs of the first table that belong on this machine
+    python bench.py --only=digits --seeds=3         # those of one row
+    python bench.py --suite=ablation --seeds=3      # another table
+    python bench.py --suite=tables                  # no runs: the README's tables from assets/results/
 
 A result file names the command, the hardware, the versions and the commit, and holds the last line of every run.
 """
@@ -21,23 +22,31 @@ import torch
 from utils import fail, git_commit, read_knobs, write_atomic
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
-suite = 'learning'              # 'learning' | 'tables'
+suite = 'learning'              # 'learning' | 'ablation' | 'tables'
 only = ''                       # name of one row; empty: all
 seeds = 5                       # runs of each row, with seeds 0, 1, ...
 
 knobs = read_knobs(__file__, globals())
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
-# name of the row: (device it belongs on, script, knobs, what it shows)
 FIVE_DIGITS = '--encoding=digits --input_min=10000 --input_max=100000 --n_layer=2 --max_steps=6000 --weight_decay=.3'
-LEARNING = {
-    'blind': ('cpu', 'add_think_blind.py', '', 'two thoughts of ten tokens'),
-    'blind-one': ('cpu', 'add_think_blind.py', '--d_thought_vocab=100 --think_len=1', 'one of a hundred tokens'),
-    'normal': ('cpu', 'add_normal.py', '', 'the control: no thoughts, same size and steps'),
-    'digits': ('cpu', 'add_normal.py', '--encoding=digits --input_max=1000', 'text, highest digit first'),
-    'digits-lsb': ('cpu', 'add_normal.py', '--encoding=digits --input_max=1000 --digit_order=lsb', 'lowest first'),
-    'blind-gpu': ('cuda', 'add_think_blind.py', '', 'the main job'),
-    'digits-5': ('cuda', 'add_normal.py', FIVE_DIGITS, 'five digits, highest first'),
+SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
+    'learning': {
+        'blind': ('cpu', 'add_think_blind', '', 'two thoughts of ten tokens'),
+        'blind-one': ('cpu', 'add_think_blind', '--d_thought_vocab=100 --think_len=1', 'one of a hundred tokens'),
+        'normal': ('cpu', 'add_normal', '', 'the control: no thoughts, same size and steps'),
+        'digits': ('cpu', 'add_normal', '--encoding=digits --input_max=1000', 'text, highest digit first'),
+        'digits-lsb': ('cpu', 'add_normal', '--encoding=digits --input_max=1000 --digit_order=lsb', 'lowest first'),
+        'blind-gpu': ('cuda', 'add_think_blind', '', 'the main job'),
+        'digits-5': ('cuda', 'add_normal', FIVE_DIGITS, 'five digits, highest first'),
+    },
+    'ablation': {
+        'whole': ('cpu', 'add_think_blind', '', 'the whole recipe'),
+        'balance': ('cpu', 'add_think_blind', '--balance_steps=0', 'codes without prices'),
+        'tau': ('cpu', 'add_think_blind', '--tau=10', 'no amplification'),
+        'decay': ('cpu', 'add_think_blind', '--weight_decay=0', 'no weight decay'),
+        'heads': ('cpu', 'add_think_blind', '--n_head=4', 'four heads of 32 in place of 32 of four'),
+    },
 }
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
@@ -53,14 +62,14 @@ def hardware():
     return f'{name}, {os.cpu_count()} cores'
 
 
-def measure(name):
-    """Run a row's command with every seed; write assets/results/learning-<name>.json."""
-    _, script, arguments, _ = LEARNING[name]
-    command, runs = f'python {script} {arguments}'.strip(), []
+def measure(suite, row):
+    """Run a row's command with every seed; write assets/results/<suite>-<row>.json."""
+    _, script, arguments, _ = SUITES[suite][row]
+    command, runs = f'python {script}.py {arguments}'.strip(), []
     for seed in range(seeds):
         print(f'{command} --seed={seed}', flush=True)
-        run = subprocess.run([sys.executable, ROOT / script, *arguments.split(), f'--seed={seed}',
-                              f'--out_dir=out/bench/{name}/{seed}'], stdout=subprocess.PIPE, text=True)
+        run = subprocess.run([sys.executable, ROOT / f'{script}.py', *arguments.split(), f'--seed={seed}',
+                              f'--out_dir=out/bench/{suite}-{row}/{seed}'], stdout=subprocess.PIPE, text=True)
         if run.returncode:
             fail(f'{command} --seed={seed} ended with exit code {run.returncode}')
         runs.append(json.loads(run.stdout.splitlines()[-1]))
@@ -68,7 +77,7 @@ def measure(name):
     result = {'command': command, 'hardware': hardware(), 'torch': torch.__version__, 'commit': git_commit(),
               'runs': runs}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_atomic(RESULTS / f'learning-{name}.json', lambda path: path.write_text(json.dumps(result, indent=1) + '\n'))
+    write_atomic(RESULTS / f'{suite}-{row}.json', lambda path: path.write_text(json.dumps(result, indent=1) + '\n'))
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -79,43 +88,52 @@ def spread(values, n_digits):
     return low if low == high else f'{mean(values):.{n_digits}f} ({low} to {high})'
 
 
-def learning_table():
-    """The README's learning table, in Markdown, from the result files there are."""
-    lines = ['| command | what | training | held out | shuffled / random / constant / none | seconds | seeds | on |',
-             '|---|---|---|---|---|---|---|---|']
-    for name, (_, _, _, what) in LEARNING.items():
-        if not (path := RESULTS / f'learning-{name}.json').exists():
-            continue
-        result = json.loads(path.read_text())
-        runs, ablation = result['runs'], '-'
-        if 'ablation' in runs[0]:
-            ablation = ' / '.join(f'{mean(run["ablation"][kind] for run in runs):.3f}'
-                                  for kind in ('shuffled', 'random', 'constant', 'none'))
-        accuracy, heldout, seconds = (spread([run[key] for run in runs], n_digits) for key, n_digits in
-                                      (('accuracy', 4), ('heldout_accuracy', 4), ('seconds', 0)))
-        lines.append(f'| `{result["command"]}` | {what} | {accuracy} | {heldout} | {ablation} | {seconds} '
-                     f'| {len(runs)} | {result["hardware"]} |')
-    return '\n'.join(lines)
+def columns(suite, runs):
+    """What a suite's table says of the runs of a row: {heading: text}."""
+    said = {'training': spread([run['accuracy'] for run in runs], 4),
+            'held out': spread([run['heldout_accuracy'] for run in runs], 4)}
+    if suite == 'learning':
+        kinds = ('shuffled', 'random', 'constant', 'none')
+        said[' / '.join(kinds)] = ' / '.join(f'{mean(run["ablation"][kind] for run in runs):.3f}' for kind in kinds
+                                             ) if 'ablation' in runs[0] else ''
+        said['seconds'] = spread([run['seconds'] for run in runs], 0)
+    if suite == 'ablation':
+        said['codes written'] = spread([run['codes'] for run in runs], 0)
+    return said
+
+
+def table(suite):
+    """A suite's table in Markdown, from the result files there are."""
+    lines = []
+    for row, (_, _, _, what) in SUITES[suite].items():
+        if (path := RESULTS / f'{suite}-{row}.json').exists():
+            result = json.loads(path.read_text())
+            cells = {'command': f'`{result["command"]}`', '': what, **columns(suite, result['runs']),
+                     'seeds': str(len(result['runs'])), 'on': result['hardware']}
+            if not lines:
+                lines = [cells, ['---'] * len(cells)]
+            lines.append(cells.values())
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def write_tables():
     """Put the tables into the README, between their marks."""
     text = (ROOT / 'README.md').read_text()
-    for name, table in {'learning': learning_table()}.items():
-        begin, end = f'<!-- {name} -->\n', f'\n<!-- end of {name} -->'
+    for suite in SUITES:
+        begin, end = f'<!-- {suite} -->\n', f'<!-- end of {suite} -->'
         if begin not in text or end not in text:
-            fail(f'README.md has no marks {begin.strip()} and {end.strip()}')
-        text = text[:text.index(begin)] + begin + table + text[text.index(end):]
+            fail(f'README.md has no marks {begin.strip()} and {end}')
+        text = text[:text.index(begin)] + begin + table(suite) + '\n' + text[text.index(end):]
     write_atomic(ROOT / 'README.md', lambda path: path.write_text(text))
 
 
 # ---- run ------------------------------------------------------------------------------------------------------------
-if only and only not in LEARNING:
-    fail(f'--only={only} must be one of {", ".join(LEARNING)}')
-if suite == 'learning':
+if suite != 'tables':
+    if only and only not in SUITES[suite]:
+        fail(f'--only={only} must be one of {", ".join(SUITES[suite])}')
     here = 'cuda' if torch.cuda.is_available() else 'cpu'
-    for name, (device, *_) in LEARNING.items():
-        if name == only or not only and device == here:
-            measure(name)
+    for row, (device, *_) in SUITES[suite].items():
+        if row == only or not only and device == here:
+            measure(suite, row)
+    print(table(suite))
 write_tables()
-print(learning_table())

@@ -436,7 +436,7 @@ def sample(logits, noise, temperature=1., top_k=0, top_p=1.):
 
 # ---- balanced targets -----------------------------------------------------------------------------------------------
 
-def balanced_target(scores, prices, tau, n_iter=10):
+def balanced_target(scores, prices, tau, n_steps=10):
     """
     Which codes each answer is to be written with. Every answer prefers the codes it scores well with, by
     softmax(scores / tau - prices), and a code that is wanted by more than its share of the answers has its price raised
@@ -444,13 +444,13 @@ def balanced_target(scores, prices, tau, n_iter=10):
     iteration (Cuturi 2013) with prices that cannot fall below zero, as in an auction (Bertsekas 1988).
 
     scores: (n_answers, n_codes), log-probability of the answer given the code. prices: (n_codes,) from the last call,
-    zeros at first; a few iterations a step follow the scores closely when the prices are kept.
+    zeros at first. n_steps: iterations of this call; a few follow the scores closely when the prices are kept.
     Returns the log of the target (n_answers, n_codes), whose rows sum to 1, and the new prices.
     """
     n_answers, n_codes = scores.shape
     log_share = math.log(max(1., n_answers / n_codes))
     wanted = scores / tau
-    for _ in range(n_iter):
+    for _ in range(n_steps):
         log_target = (wanted - prices).log_softmax(1)
         prices = (prices + log_target.logsumexp(0) - log_share).clamp(min=0)
     return (wanted - prices).log_softmax(1), prices
@@ -517,8 +517,8 @@ def draw_language(path, answers, thoughts, config):
     counts.index_put_((answers.cpu(), code), torch.ones_like(code), accumulate=True)
     names = [' '.join(str(c // L**t % L) for t in range(T - 1, -1, -1)) for c in range(L**T)]
     figure = graph.Figure(graph.Heatmap(
-        z=counts.numpy(), x=names, y=list(range(config.d_normal_vocab)), colorscale='Blues',
+        z=counts.numpy(), x=names, y=list(range(config.d_normal_vocab)), colorscale='Blues', colorbar={'title': 'questions'},
         hovertemplate='answer %{y}, thoughts %{x}: %{z} questions<extra></extra>'))
     figure.update_layout(title='The invented language', xaxis={'title': 'thoughts', 'type': 'category'},
                          yaxis_title='answer', width=900, height=800)
-    write_atomic(path, lambda temporary: figure.write_html(temporary, include_plotlyjs=True))
+    write_atomic(path, lambda temporary: figure.write_html(temporary, config={'displayModeBar': False}))
