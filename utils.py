@@ -517,7 +517,7 @@ def draw_language(path, answers, thoughts, config):
     counts.index_put_((answers.cpu(), code), torch.ones_like(code), accumulate=True)
     names = [' '.join(str(c // L**t % L) for t in range(T - 1, -1, -1)) for c in range(L**T)]
     figure = graph.Figure(graph.Heatmap(
-        z=counts.numpy(), x=names, y=list(range(config.d_normal_vocab)), colorscale='Blues', colorbar={'title': 'questions'},
+        z=counts.numpy(), x=names, y=list(range(config.d_normal_vocab)), colorscale='Blues', colorbar_title='questions',
         hovertemplate='answer %{y}, thoughts %{x}: %{z} questions<extra></extra>'))
     figure.update_layout(title='The invented language', xaxis={'title': 'thoughts', 'type': 'category'},
                          yaxis_title='answer', width=900, height=800)
