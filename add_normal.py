@@ -5,15 +5,15 @@ Addition answered at once: the baseline without thoughts.
 
     python add_normal.py                                                   # one token per integer, (a + b) % 100
     python add_normal.py --encoding=digits --input_max=1000                # characters: 007+012=0019
-    python add_normal.py --encoding=digits --input_min=10000 --input_max=100000 --n_layer=2 --weight_decay=.3 ...
-                                ... --max_steps=6000                       # five digits, for a GPU
+    python add_normal.py --encoding=digits --input_min=10000 --input_max=100000 --max_steps=6000 # five digits, on a GPU
     python add_normal.py --init_from=resume                                # go on after an interruption
     torchrun --standalone --nproc_per_node=2 add_normal.py                 # the same update, by two processes
 
 With encoding 'int' a question is two tokens and its answer one: what add_think_blind.py asks, so this is its control,
-of the same size and with the same steps. With 'digits' it is text of the characters 0-9, + and =, numbers padded with
-zeros to equal length, the sum not reduced; an answer is right when all its digits, generated one by one, are. Written
-from the lowest digit up (digit_order = 'lsb') each digit needs one carry, from the highest down all carries at once.
+with the shape of one of its policies and the same steps. With 'digits' it is text of the characters 0-9, + and =,
+numbers padded with zeros to equal length, the sum not reduced; an answer is right when all its digits, generated one by
+one, are. Written from the lowest digit up (digit_order = 'lsb') each digit needs one carry, from the highest down all
+carries at once.
 """
 import torch
 
@@ -28,13 +28,13 @@ input_min = 0                   # numbers are input_min..M-1
 input_max = 100                 # M
 heldout = .2                    # share of the questions that is never trained on
 batch_size = 512                # questions per step, over all processes
-max_steps = 1000                # updates
+max_steps = 1000                # updates; the learning rate falls to zero over their second half
 max_seconds = 1e6               # stop after this wall-clock time
 learning_rate = 3e-3
 weight_decay = 3.               # what makes it generalise
 warmup_steps = 50               # steps over which the learning rate rises
 n_layer = 1
-n_head = 16
+n_head = 32
 d_model = 128
 eval_every = 100                # steps between evaluations, each with a checkpoint and samples
 eval_questions = 10000          # questions of each kind per evaluation, at most
@@ -94,12 +94,11 @@ with user_errors():
 # ---- optimiser and run ----------------------------------------------------------------------------------------------
 
 optimizer = make_optimizer(model, learning_rate, weight_decay)
-run = Run(knobs, world)
-first_step = run.restore([optimizer])
+run = Run(knobs, world, [optimizer])
 
 
 def save(step, name='ckpt.pt'):
-    run.save(step, {'model': pack(model)}, [optimizer], name)
+    run.save(step, {'model': pack(model)}, name)
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
@@ -131,8 +130,8 @@ def evaluate(step):
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
-n_steps = first_step
-for step in run.steps(first_step, first_step if eval_only else max_steps):
+n_steps = run.first_step
+for step in run.steps(run.first_step, run.first_step if eval_only else max_steps):
     if step % eval_every == 0:
         save(step)
         evaluate(step)

@@ -21,11 +21,13 @@ policy by softmax(reward / tau); here all codes are weighted, and the weights ar
 answers come to share codes (--balance_steps=0). Because all codes are scored, the language is the answering policy's
 invention, and the thinking policy learns it.
 """
+import math
+
 import torch
 
 from model import ThinkingModelConfig, make_model, pack
-from utils import (Run, World, ablations, addition_pairs, balanced_target, draw_language, fail, make_optimizer,
-                   paint_tick, read_knobs, sample, schedule, show_tokens, user_errors)
+from utils import (Run, World, ablations, addition_pairs, balanced_target, fail, make_optimizer, need, paint_tick,
+                   read_knobs, sample, schedule, show_tokens, user_errors, write_atomic)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -34,7 +36,7 @@ d_thought_vocab = 10            # L: thought tokens
 think_len = 2                   # T: thoughts per question
 heldout = .2                    # share of the M^2 questions that is never trained on
 batch_size = 512                # questions per step, over all processes
-max_steps = 1000                # updates
+max_steps = 1000                # updates; the learning rates fall to zero over their second half
 max_seconds = 1e6               # stop after this wall-clock time
 learning_rate = 3e-3            # of the thinking policy
 weight_decay = 3.               # of the thinking policy: what makes it generalise
@@ -56,23 +58,23 @@ init_from = 'scratch'           # scratch, resume, or the path of a checkpoint t
 eval_only = False               # evaluate, train nothing, write nothing
 out_dir = ''                    # folder of the run; empty: out/add_think_blind/<changed knobs>
 wandb_mode = 'disabled'         # 'disabled' | 'offline' | 'online'
-plot = False                    # draw the language at the end: language.html, needs plotly
+plot = False                    # draw the language at the end: language.html, needs plotly; not with eval_only
 
 # ---- set-up ---------------------------------------------------------------------------------------------------------
 
 knobs = read_knobs(__file__, globals())
+if think_len * math.log2(d_thought_vocab) > 17:
+    fail(f'd_thought_vocab={d_thought_vocab} and think_len={think_len} make over 2^17 codes, too many to score all')
 n_codes = d_thought_vocab ** think_len
-if n_codes > 2**17:
-    fail(f'all d_thought_vocab^think_len codes are scored at every step, and {n_codes} are too many')
 world = World(knobs)
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 train_pairs, heldout_pairs = (pairs.to(world.device) for pairs in addition_pairs(0, input_max, heldout, seed))
 
-# ---- models ---------------------------------------------------------------------------------------------------------
+# ---- model ----------------------------------------------------------------------------------------------------------
 
-shape = dict(block_size=think_len + 2, n_layer=n_layer, n_head=n_head, d_model=d_model, init='unit', tie_weights=False,
+shape = dict(block_size=think_len + 1, n_layer=n_layer, n_head=n_head, d_model=d_model, init='unit', tie_weights=False,
              d_normal_vocab=input_max, d_thought_vocab=d_thought_vocab)
 with user_errors():
     thinking = make_model(ThinkingModelConfig(**shape, output_kind='thought'), knobs.checkpoint, 'thinking')
@@ -84,13 +86,12 @@ codes = torch.cartesian_prod(*[torch.arange(thought_tokens.start, thought_tokens
 codes = codes.view(n_codes, think_len).to(world.device)                                         # (n_codes, T)
 prices = torch.zeros(n_codes, device=world.device)
 
-# ---- optimisers and run ---------------------------------------------------------------------------------------------
+# ---- optimiser and run ----------------------------------------------------------------------------------------------
 
 thinking_optimizer = make_optimizer(thinking, learning_rate, weight_decay)
 answering_optimizer = make_optimizer(answering, learning_rate_answer, weight_decay_answer)
 optimizers = [thinking_optimizer, answering_optimizer]
-run = Run(knobs, world)
-first_step = run.restore(optimizers)
+run = Run(knobs, world, optimizers)
 if init_from == 'resume':
     prices = knobs.checkpoint['prices'].to(world.device)
 if n_codes < input_max:
@@ -98,7 +99,7 @@ if n_codes < input_max:
 
 
 def save(step, name='ckpt.pt'):
-    run.save(step, {'thinking': pack(thinking), 'answering': pack(answering)}, optimizers, name, prices=prices)
+    run.save(step, {'thinking': pack(thinking), 'answering': pack(answering)}, name, prices=prices)
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def evaluate(step):
     train, test = train_pairs[:eval_questions], heldout_pairs[:eval_questions]
     train_thoughts, test_thoughts = think_greedily(train), think_greedily(test)
     result = {'accuracy': accuracy(train, train_thoughts), 'heldout_accuracy': accuracy(test, test_thoughts),
-              'codes': len(train_thoughts.unique(dim=0))}
+              'codes': len(train_thoughts.cpu().unique(dim=0))}
     run.report(step, **result)
     for question, thought, answer in zip(test[:3], test_thoughts, answer_greedily(test_thoughts[:3])):
         end = torch.full_like(thought[:1], thinking.config.end_thought)
@@ -137,10 +138,27 @@ def evaluate(step):
     return result
 
 
+def draw_language(path):
+    """Which thoughts are written for which answer, and how often, over all questions: a picture, stand-alone HTML."""
+    graph = need('plotly.graph_objects', 'to draw pictures')
+    question = torch.cat([train_pairs, heldout_pairs])
+    place_value = torch.tensor([d_thought_vocab ** t for t in range(think_len - 1, -1, -1)], device=world.device)
+    code = ((think_greedily(question) - thought_tokens.start) * place_value).sum(1)     # (M^2,) thoughts as one number
+    counts = (question.sum(1) % input_max * n_codes + code).bincount(minlength=input_max * n_codes)
+    counts = counts.view(input_max, n_codes).cpu().numpy()
+    names = [' '.join(map(str, row)) for row in (codes - thought_tokens.start).tolist()]
+    figure = graph.Figure(graph.Heatmap(
+        z=counts, x=names, y=list(range(input_max)), colorscale='Blues', colorbar_title='questions',
+        hovertemplate='answer %{y}, thoughts %{x}: %{z} questions<extra></extra>'))
+    figure.update_layout(title='The invented language', xaxis={'title': 'thoughts', 'type': 'category'},
+                         yaxis_title='answer', width=900, height=800)
+    write_atomic(path, lambda temporary: figure.write_html(temporary, config={'displayModeBar': False}))
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
-n_steps = first_step
-for step in run.steps(first_step, first_step if eval_only else max_steps):
+n_steps = run.first_step
+for step in run.steps(run.first_step, run.first_step if eval_only else max_steps):
     if step % eval_every == 0:
         save(step)
         evaluate(step)
@@ -181,6 +199,5 @@ test = heldout_pairs[:eval_questions]
 thoughts = think_greedily(test)
 ablation = {name: accuracy(test, replaced) for name, replaced in ablations(thoughts, thought_tokens).items()}
 if plot and run.writes:
-    question = torch.cat([train_pairs, heldout_pairs])
-    draw_language(run.folder / 'language.html', question.sum(1) % input_max, think_greedily(question), thinking.config)
+    draw_language(run.folder / 'language.html')
 run.finish(steps=n_steps, **result, ablation=ablation)

@@ -6,7 +6,8 @@ Every number in the README: this script measures it, keeps the raw results in as
     python bench.py --suite=ablation --seeds=3      # another table
     python bench.py --suite=tables                  # no runs: the README's tables from assets/results/
 
-A result file names the command, the hardware, the versions and the commit, and holds the last line of every run.
+A result file names the command, the hardware, the version of torch and the commit (null where git is not at hand), and
+holds the last line of every run. A row is measured on a CPU or on a GPU, whichever it belongs on.
 """
 import json
 import os
@@ -29,53 +30,55 @@ seeds = 5                       # runs of each row, with seeds 0, 1, ...
 knobs = read_knobs(__file__, globals())
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
-FIVE_DIGITS = '--encoding=digits --input_min=10000 --input_max=100000 --n_layer=2 --max_steps=6000 --weight_decay=.3'
+DIGITS = '--encoding=digits --input_max=1000'
 SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     'learning': {
         'blind': ('cpu', 'add_think_blind', '', 'two thoughts of ten tokens'),
         'blind-one': ('cpu', 'add_think_blind', '--d_thought_vocab=100 --think_len=1', 'one of a hundred tokens'),
-        'normal': ('cpu', 'add_normal', '', 'the control: no thoughts, same size and steps'),
-        'digits': ('cpu', 'add_normal', '--encoding=digits --input_max=1000', 'text, highest digit first'),
-        'digits-lsb': ('cpu', 'add_normal', '--encoding=digits --input_max=1000 --digit_order=lsb', 'lowest first'),
+        'blind-few': ('cpu', 'add_think_blind', '--d_thought_vocab=9', '81 codes for 100 answers: at best .81'),
+        'normal': ('cpu', 'add_normal', '', 'the control: no thoughts'),
+        'digits': ('cpu', 'add_normal', DIGITS, 'text, highest digit first'),
+        'digits-lsb': ('cpu', 'add_normal', f'{DIGITS} --digit_order=lsb', 'lowest digit first'),
         'blind-gpu': ('cuda', 'add_think_blind', '', 'the main job'),
-        'digits-5': ('cuda', 'add_normal', FIVE_DIGITS, 'five digits, highest first'),
+        'digits-5': ('cuda', 'add_normal', '--encoding=digits --input_min=10000 --input_max=100000 --max_steps=6000',
+                     'five digits, highest first'),
     },
     'ablation': {
-        'whole': ('cpu', 'add_think_blind', '', 'the whole recipe'),
-        'balance': ('cpu', 'add_think_blind', '--balance_steps=0', 'codes without prices'),
-        'tau': ('cpu', 'add_think_blind', '--tau=10', 'no amplification'),
-        'decay': ('cpu', 'add_think_blind', '--weight_decay=0', 'no weight decay'),
-        'heads': ('cpu', 'add_think_blind', '--n_head=4', 'four heads of 32 in place of 32 of four'),
+        'whole': ('cuda', 'add_think_blind', '', 'the whole recipe'),
+        'balance': ('cuda', 'add_think_blind', '--balance_steps=0', 'codes without prices'),
+        'tau': ('cuda', 'add_think_blind', '--tau=10', 'no amplification'),
+        'decay': ('cuda', 'add_think_blind', '--weight_decay=0', 'no weight decay'),
+        'heads': ('cuda', 'add_think_blind', '--n_head=4', '4 heads of 32 in place of 32 heads of 4'),
     },
 }
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
 
 
-def hardware():
+def hardware(device):
     """What the runs are measured on, in words."""
-    if torch.cuda.is_available():
+    if device == 'cuda':
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    if Path('/proc/cpuinfo').exists():
-        name = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()).group(1)
-    return f'{name}, {os.cpu_count()} cores'
+    cpuinfo = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
+    name = re.search(r'model name\s*: (.*)', cpuinfo)
+    return f'{name.group(1) if name else platform.machine()}, {os.cpu_count()} cores'
 
 
 def measure(suite, row):
     """Run a row's command with every seed; write assets/results/<suite>-<row>.json."""
-    _, script, arguments, _ = SUITES[suite][row]
-    command, runs = f'python {script}.py {arguments}'.strip(), []
+    device, script, arguments, _ = SUITES[suite][row]
+    command = f'python {script}.py {arguments}'.strip()
+    result = {'command': command, 'hardware': hardware(device), 'torch': torch.__version__, 'commit': git_commit(),
+              'runs': []}
     for seed in range(seeds):
         print(f'{command} --seed={seed}', flush=True)
         run = subprocess.run([sys.executable, ROOT / f'{script}.py', *arguments.split(), f'--seed={seed}',
-                              f'--out_dir=out/bench/{suite}-{row}/{seed}'], stdout=subprocess.PIPE, text=True)
+                              f'--device={device}', f'--out_dir=out/bench/{suite}-{row}/{seed}'],
+                             stdout=subprocess.PIPE, text=True)
         if run.returncode:
             fail(f'{command} --seed={seed} ended with exit code {run.returncode}')
-        runs.append(json.loads(run.stdout.splitlines()[-1]))
-        print(json.dumps(runs[-1]), flush=True)
-    result = {'command': command, 'hardware': hardware(), 'torch': torch.__version__, 'commit': git_commit(),
-              'runs': runs}
+        result['runs'].append(json.loads(run.stdout.splitlines()[-1]))
+        print(json.dumps(result['runs'][-1]), flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomic(RESULTS / f'{suite}-{row}.json', lambda path: path.write_text(json.dumps(result, indent=1) + '\n'))
 
@@ -109,7 +112,7 @@ def table(suite):
         if (path := RESULTS / f'{suite}-{row}.json').exists():
             result = json.loads(path.read_text())
             cells = {'command': f'`{result["command"]}`', '': what, **columns(suite, result['runs']),
-                     'seeds': str(len(result['runs'])), 'on': result['hardware']}
+                     'seeds': str(len(result['runs'])), 'on': f'{result["hardware"]}, torch {result["torch"]}'}
             if not lines:
                 lines = [cells, ['---'] * len(cells)]
             lines.append(cells.values())
@@ -132,8 +135,10 @@ if suite != 'tables':
     if only and only not in SUITES[suite]:
         fail(f'--only={only} must be one of {", ".join(SUITES[suite])}')
     here = 'cuda' if torch.cuda.is_available() else 'cpu'
-    for row, (device, *_) in SUITES[suite].items():
-        if row == only or not only and device == here:
-            measure(suite, row)
+    rows = [row for row, (device, *_) in SUITES[suite].items() if row == only or not only and device == here]
+    if not rows:
+        fail(f'no row of the {suite} suite belongs on a machine with {here}')
+    for row in rows:
+        measure(suite, row)
     print(table(suite))
 write_tables()

@@ -153,8 +153,8 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.d_model, config.d_model)
         # a bias of the keys raises all scores of a query alike and changes nothing: its gradient is rounding error,
         # which Adam would blow up to full steps, different with every number of processes
-        keys = torch.arange(config.d_model, 2 * config.d_model)
-        self.c_attn.bias.register_hook(lambda grad: grad.index_fill(0, keys.to(grad.device), 0))
+        mask = [1, 0, 1]        # of queries, keys, values
+        self.c_attn.bias.register_hook(lambda grad: torch.cat([part * m for part, m in zip(grad.chunk(3), mask)]))
 
     def forward(self, x, layer, cache):
         B, S, d_model = x.shape
@@ -191,7 +191,7 @@ class Block(nn.Module):
 class Rollout(NamedTuple):
     """What generation returns: N rows of T new tokens."""
     tokens: torch.Tensor        # (N, T) tokens; from a row's stop token on, only stop tokens
-    log_probs: torch.Tensor     # (N, T) log-probability of each token in the distribution it was drawn from, else 0
+    log_probs: torch.Tensor     # (N, T) log-probability of each token, see utils.sample; 0 outside mask
     mask: torch.Tensor          # (N, T) True where the policy chose a token, a row's stop token included
 
 
@@ -243,10 +243,8 @@ class GPT2(nn.Module):
         return self.lm_head(self.hidden(tokens, cache))
 
     def columns(self, among):
-        """The slice of logit columns for a range of tokens; None: all that the model can write."""
+        """The slice of logit columns for a range of tokens. Raises ValueError when the model does not write them."""
         writes = self.config.writes
-        if among is None:
-            among = writes
         if among.start < writes.start or among.stop > writes.stop:
             raise ValueError(f'tokens {among.start}..{among.stop - 1} are not among those this model writes')
         return slice(among.start - writes.start, among.stop - writes.start)
@@ -265,8 +263,8 @@ class GPT2(nn.Module):
         Returns a Rollout.
         """
         N, device = len(prompt) * n_rollouts, prompt.device
+        among = among or self.config.writes
         columns = self.columns(among)
-        first = columns.start + self.config.writes.start    # token of the first column
         if noise is None:
             noise = torch.rand(N, n_new, device=device)
         tokens = torch.full((N, n_new), 0 if stop is None else stop, device=device)
@@ -287,7 +285,7 @@ class GPT2(nn.Module):
             state = self.hidden(sequence[:, n_read:end], cache)[:, -1]      # (N, d_model)
             n_read = end if use_cache else 0
             token, log_prob = sample(self.lm_head(state)[:, columns], noise[:, t], temperature, top_k, top_p)
-            token = token + first                                           # (N,)
+            token = token + among.start                                     # (N,)
             if stop is not None:
                 token, log_prob = torch.where(alive, token, stop), torch.where(alive, log_prob, 0.)
             sequence[:, end], log_probs[:, t], mask[:, t] = token, log_prob, alive
@@ -298,12 +296,14 @@ class GPT2(nn.Module):
         return Rollout(sequence[:, prompt.shape[1]:], log_probs, mask)
 
     def log_probs(self, prompt, tokens, among=None):
-        """Log-probabilities (N, T), with gradient, of tokens (N, T) chosen among a range after prompt (N, S)."""
+        """
+        Log-probabilities (N, T), with gradient, of tokens (N, T) chosen among a range after prompt (N, S): at
+        temperature 1 and of the whole range, whatever the tokens were sampled with.
+        """
+        among = among or self.config.writes
         states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1))[:, prompt.shape[1] - 1:]      # (N, T, d_model)
-        columns = self.columns(among)
-        logits = self.lm_head(states)[..., columns].float()
-        index = tokens - columns.start - self.config.writes.start
-        return logits.log_softmax(-1).gather(-1, index[..., None])[..., 0]
+        log_p = self.lm_head(states)[..., self.columns(among)].float().log_softmax(-1)                  # (N, T, tokens)
+        return log_p.gather(-1, (tokens - among.start)[..., None])[..., 0]
 
     # ---- weights from and to Hugging Face
 
@@ -316,9 +316,11 @@ class GPT2(nn.Module):
         transformers = need('transformers', 'to load pretrained weights')
         try:
             theirs = transformers.AutoConfig.from_pretrained(source)
-            odd = [name for name, usual in HF_FIXED.items() if getattr(theirs, name, usual) != usual]
-            if theirs.model_type != 'gpt2' or odd or theirs.n_inner not in (None, 4 * theirs.n_embd):
-                raise ValueError(f'{source} is not a plain GPT-2 ({theirs.model_type}, {", ".join(odd) or "n_inner"})')
+            if theirs.model_type != 'gpt2':
+                raise ValueError(f'{source} is not a GPT-2 but a {theirs.model_type}')
+            odd = [name for name, usual in HF_FIXED.items() if getattr(theirs, name) != usual]
+            if odd or theirs.n_inner not in (None, 4 * theirs.n_embd):
+                raise ValueError(f'{source} is not a plain GPT-2: {", ".join(odd) or "n_inner"} differs')
             theirs = transformers.GPT2LMHeadModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
         except OSError as error:
             raise ValueError(f'no GPT-2 weights at {source}: {str(error).strip().splitlines()[0]}') from error

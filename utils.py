@@ -1,10 +1,11 @@
 """
 What every script shares, and nothing else: knobs, processes, the run directory with its checkpoints and logs, tasks,
-optimiser and schedule, balanced targets, sampling, ablations, colours, pictures.
+optimiser and schedule, balanced targets, sampling, ablations, colours.
 """
 import ast
 import contextlib
 import difflib
+import fcntl
 import importlib
 import json
 import math
@@ -26,18 +27,22 @@ from tqdm import tqdm
 
 def fail(message):
     """End the program for a mistake of its user: one line on stderr, exit code 2, no traceback."""
-    if os.environ.get('RANK', '0') == '0':
-        print(f'error: {" ".join(str(message).split())}', file=sys.stderr)
+    rank = os.environ.get('RANK')
+    print(f'error{" of process " + rank if rank else ""}: {" ".join(str(message).split())[:500]}', file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def user_errors():
-    """A ValueError inside, such as numbers that make no model, is the user's: fail with its message."""
+    """What goes wrong inside, numbers that make no model or one too large for memory, is the user's: fail with it."""
     try:
         yield
     except ValueError as error:
         fail(error)
+    except RuntimeError as error:
+        if 'memory' not in str(error):
+            raise
+        fail(str(error).splitlines()[0])
 
 
 def need(package, purpose):
@@ -45,21 +50,24 @@ def need(package, purpose):
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f'{package} is needed {purpose}: pip install {package}') from error
+        raise ValueError(f'{package} is needed {purpose}: pip install {package.partition(".")[0]}') from error
 
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
 LIMITS = {  # smallest and largest value of a knob; the others may be anything from 0 to 2**31 - 1
     'input_max': (2, 2**31 - 1),
-    **dict.fromkeys(('d_thought_vocab', 'think_len', 'n_layer', 'n_head', 'd_model', 'batch_size', 'max_steps',
-                     'eval_every', 'eval_questions', 'log_every'), (1, 2**31 - 1)),
+    **dict.fromkeys(('max_steps', 'eval_every', 'eval_questions', 'log_every', 'seeds'), (1, 2**31 - 1)),
+    **dict.fromkeys(('batch_size', 'd_thought_vocab', 'd_model'), (1, 2**20)),
+    **dict.fromkeys(('think_len', 'n_layer', 'n_head'), (1, 2**12)),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
     'heldout': (0, .99),
 }
 # knobs that may differ when a run is resumed; they do not name its folder either
 FREE = ('init_from', 'eval_only', 'out_dir', 'max_steps', 'max_seconds', 'eval_every', 'log_every', 'wandb_mode',
         'plot')
+# knobs that decide which questions are held out; they stay what they were when a script's own checkpoint is used
+SPLIT = ('seed', 'heldout', 'input_min', 'input_max')
 
 
 class Knobs(dict):
@@ -70,7 +78,8 @@ def read_knobs(file, script_globals):
     """
     Read a script's knobs: the block of `name = value  # meaning, unit` at its top, overridden by --name=value.
     'a' | 'b' in the comment of a text knob lists its choices. --help prints the block. The new values go into the
-    script's globals. With init_from=resume the knobs are the checkpoint's, init_from=<path> just loads a checkpoint.
+    script's globals. With init_from=resume, or the path of a checkpoint of the same script, knobs that are not given
+    are those of the checkpoint.
 
     Returns Knobs. Ends the program with one line for whatever is wrong.
     """
@@ -102,21 +111,23 @@ def read_knobs(file, script_globals):
         given[name] = parse_knob(name, text, defaults[name], choices[name])
 
     knobs = Knobs(defaults | given)
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='replace')    # a terminal that cannot show a tick is no reason to stop
     knobs.script, knobs.checkpoint = Path(file).stem, None
-    name = ','.join(f'{k}={v}' for k, v in given.items() if k not in FREE and v != defaults[k])
+    name = ','.join(f'{k}={given[k]}' for k in defaults if k in given and k not in FREE and given[k] != defaults[k])
     knobs.folder = Path(knobs.get('out_dir') or Path('out') / knobs.script / (name.replace('/', '_') or 'default'))
     if knobs.get('init_from', 'scratch') != 'scratch':
         resume = knobs['init_from'] == 'resume'
         path = knobs.folder / 'ckpt.pt' if resume else Path(knobs['init_from'])
         knobs.checkpoint = load_checkpoint(path, 'nothing to resume' if resume else 'no checkpoint to start from')
-        if resume:
-            if knobs.checkpoint['script'] != knobs.script:
-                fail(f'{path} is from {knobs.checkpoint["script"]}.py')
-            for name, old in knobs.checkpoint['knobs'].items():
-                if name in given and name not in FREE and given[name] != old:
-                    fail(f'--{name}={given[name]} cannot be changed when resuming, it was {old}')
-                if name in defaults and name not in given and name not in ('init_from', 'eval_only', 'out_dir'):
-                    knobs[name] = old
+        own = knobs.checkpoint['script'] == knobs.script
+        if resume and not own:
+            fail(f'{path} is from {knobs.checkpoint["script"]}.py')
+        for name, old in knobs.checkpoint['knobs'].items() if own else ():
+            if name in given and given[name] != old and (resume and name not in FREE or name in SPLIT):
+                fail(f'--{name}={given[name]} cannot be changed when going on from {path}, it was {old}')
+            if name in defaults and name not in given and name not in ('init_from', 'eval_only', 'out_dir'):
+                knobs[name] = old
     knobs.changed = {k: v for k, v in knobs.items() if v != defaults[k]}
     script_globals.update(knobs)
     return knobs
@@ -159,11 +170,15 @@ class World:
             name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
         if name == 'cuda':
             name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+        if not re.fullmatch(r'cpu|mps|cuda:\d+', name):
+            fail(f'--device={name} must be auto, cpu, cuda, cuda:<number> or mps')
         try:
             self.device = torch.device(name)
             torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            fail(f'--device={knobs["device"]} is not to be had here: {str(error).splitlines()[0]}')
+        except (RuntimeError, AssertionError) as error:
+            fail(f'--device={name} is not to be had here: {str(error).splitlines()[0]}')
+        if self.size > 1 and name == 'mps':
+            fail('several processes need --device=cpu or cuda')
         if self.device.type == 'cuda':
             torch.cuda.set_device(self.device)
         if knobs['batch_size'] % self.size:
@@ -210,13 +225,14 @@ def write_atomic(path, write):
 
 def load_checkpoint(path, missing='no checkpoint'):
     """The content of a checkpoint: tensors, numbers and text, nothing that runs. Fails in one line if it is damaged."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         fail(f'{missing}: {path} is not there')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:      # cut off, not a checkpoint, or holding more than data: torch raises many kinds
         fail(f'{path} is damaged or no checkpoint ({type(error).__name__})')
-    if not isinstance(checkpoint, dict) or not {'script', 'knobs', 'models'} <= checkpoint.keys():
+    needed = {'script', 'knobs', 'models', 'step', 'best', 'seconds', 'written', 'optimizers', 'generator'}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         fail(f'{path} is no checkpoint of these scripts')
     return checkpoint
 
@@ -224,61 +240,78 @@ def load_checkpoint(path, missing='no checkpoint'):
 class Run:
     """
     One run and its folder: config.json, metrics.jsonl, samples.txt, ckpt.pt, best.pt. An older run in the folder is
-    moved to <folder>.1, .2, ... Only the main process writes, and with eval_only nothing is written.
+    moved to <folder>.1, .2, ... Only the main process writes, and with eval_only nothing is written. When resuming, the
+    optimisers, random numbers and files are put back to where they were; first_step is the step to go on with.
     """
 
-    def __init__(self, knobs, world):
-        self.knobs, self.world, self.folder = knobs, world, knobs.folder
-        self.start, self.best, self.wandb = time.time(), -math.inf, None
+    def __init__(self, knobs, world, optimizers):
+        self.knobs, self.world, self.folder, self.optimizers = knobs, world, knobs.folder, optimizers
+        self.start, self.best, self.first_step, self.wandb = time.time(), -math.inf, 0, None
         self.writes = world.main and not knobs['eval_only']
         resumed = knobs.checkpoint if knobs['init_from'] == 'resume' else None
         if resumed:
-            self.start -= resumed['seconds']
-            self.best = resumed['best']
-        if not self.writes:
-            return
+            for optimizer, state in zip(optimizers, resumed['optimizers'], strict=True):
+                optimizer.load_state_dict(state)
+            try:
+                world.generator.set_state(resumed['generator'])
+            except RuntimeError:
+                fail('this run was made on another kind of device: pass its ckpt.pt as init_from instead of resuming')
+            self.start, self.best, self.first_step = time.time() - resumed['seconds'], resumed['best'], resumed['step']
+        if self.writes:
+            try:
+                self.open_folder(resumed)
+            except OSError as error:
+                fail(f'cannot write to {self.folder}: {error.strerror}')
+
+    def open_folder(self, resumed):
+        """Make the folder ours and open the files in it. resumed: a checkpoint, or None."""
         with user_errors():
-            wandb = need('wandb', 'for wandb_mode') if knobs['wandb_mode'] != 'disabled' else None
-            if knobs.get('plot'):
+            wandb = need('wandb', 'for wandb_mode') if self.knobs['wandb_mode'] != 'disabled' else None
+            if self.knobs.get('plot'):
                 need('plotly', 'to plot')
-        try:
-            if not resumed and (self.folder / 'config.json').exists():
-                n = 1
-                while (older := self.folder.with_name(f'{self.folder.name}.{n}')).exists():
-                    n += 1
-                self.folder.rename(older)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not resumed:
-                write_atomic(self.folder / 'config.json', lambda path: path.write_text(json.dumps(
-                    {'script': knobs.script, 'knobs': knobs, 'commit': git_commit(), 'torch': torch.__version__,
-                     'device': device_name(world.device), 'processes': world.size}, indent=1)))
-            self.metrics = open(self.folder / 'metrics.jsonl', 'a', buffering=1)
-            self.samples = open(self.folder / 'samples.txt', 'a', buffering=1)
-            if resumed:     # forget what was written after the checkpoint
-                self.metrics.truncate(resumed['written'][0])
-                self.samples.truncate(resumed['written'][1])
-        except OSError as error:
-            fail(f'cannot write to {self.folder}: {error.strerror}')
+        config = self.folder / 'config.json'
+        written = json.loads(config.read_text()) if config.exists() else None
+        if written and 'script' not in written or self.folder.resolve() == Path.cwd():
+            fail(f'{self.folder} is not the folder of a run, pass another --out_dir')
+        if written and not resumed:
+            self.open_log().close()     # fails while that run is still going on
+            n = 1
+            while (older := self.folder.with_name(f'{self.folder.name}.{n}')).exists():
+                n += 1
+            self.folder.rename(older)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = self.open_log()
+        self.samples = open(self.folder / 'samples.txt', 'a', buffering=1, encoding='utf-8')
+        for file, length in zip((self.metrics, self.samples), resumed['written'] if resumed else (0, 0)):
+            file.truncate(length)       # forget what was written after the checkpoint
+            file.seek(length)
+        now = {'knobs': self.knobs, 'commit': git_commit(), 'torch': torch.__version__,
+               'device': device_name(self.world.device), 'processes': self.world.size}
+        if resumed and written:
+            written.setdefault('resumed', []).append({'step': self.first_step, **now})
+        else:
+            written = {'script': self.knobs.script, **now}
+        write_atomic(config, lambda path: path.write_text(json.dumps(written, indent=1)))
         if wandb:
-            self.wandb = wandb.init(project='think-tokens', name=f'{knobs.script} {self.folder.name}',
-                                    config=dict(knobs), dir=self.folder, mode=knobs['wandb_mode'])
+            try:
+                self.wandb = wandb.init(project='think-tokens', name=f'{self.knobs.script} {self.folder.name}',
+                                        config=dict(self.knobs), dir=self.folder, mode=self.knobs['wandb_mode'])
+            except Exception as error:      # no login, no network, no such mode: wandb raises many kinds
+                fail(f'wandb: {error}')
+
+    def open_log(self):
+        """metrics.jsonl, locked while this process has it open: two runs in one folder would ruin each other."""
+        log = open(self.folder / 'metrics.jsonl', 'a', buffering=1, encoding='utf-8')
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.close()
+            fail(f'another run is writing to {self.folder}')
+        return log
 
     def seconds(self):
         """Wall-clock seconds of this run, those before it was resumed included."""
         return time.time() - self.start
-
-    def restore(self, optimizers):
-        """When resuming, put optimisers and random numbers back to where they were. Returns the step to go on with."""
-        if self.knobs['init_from'] != 'resume':
-            return 0
-        checkpoint = self.knobs.checkpoint
-        for optimizer, state in zip(optimizers, checkpoint['optimizers'], strict=True):
-            optimizer.load_state_dict(state)
-        try:
-            self.world.generator.set_state(checkpoint['generator'])
-        except RuntimeError:
-            fail('this run was made on another kind of device: pass its ckpt.pt as init_from instead of resuming')
-        return checkpoint['step']
 
     def steps(self, first, last):
         """Step numbers first..last-1 with a progress bar (on a terminal), until max_seconds have passed."""
@@ -309,23 +342,27 @@ class Run:
 
     def log(self, step, **numbers):
         """One line of metrics.jsonl. 'seconds' is the only entry that is not the same in every repetition."""
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                fail(f'{name} is {value} at step {step}: training diverged, a smaller learning_rate may help')
         if self.writes:
             self.metrics.write(json.dumps({'step': step, **numbers, 'seconds': round(self.seconds(), 2)}) + '\n')
             if self.wandb:
                 self.wandb.log(numbers, step=step)
 
     def report(self, step, **numbers):
-        """Log an evaluation, print it, and keep it at the end of the progress bar."""
+        """Log an evaluation, print it, and keep its last two numbers at the end of the progress bar."""
         self.log(step, **numbers)
-        self.print(f'step {step}: ' + ', '.join(f'{name} {value:.4g}' for name, value in numbers.items()))
-        self.bar.set_postfix(numbers)
+        shown = {name: f'{value:.4g}' for name, value in numbers.items()}
+        self.print(f'step {step}: ' + ', '.join(f'{name} {value}' for name, value in shown.items()))
+        self.bar.set_postfix(dict(list(shown.items())[-2:]))
 
-    def save(self, step, models, optimizers, name='ckpt.pt', **more):
+    def save(self, step, models, name='ckpt.pt', **more):
         """Write a checkpoint of packed models from which the run continues bit for bit."""
         if self.writes:
             checkpoint = {'script': self.knobs.script, 'knobs': dict(self.knobs), 'step': step, 'best': self.best,
                           'seconds': self.seconds(), 'written': [self.metrics.tell(), self.samples.tell()],
-                          'models': models, 'optimizers': [o.state_dict() for o in optimizers],
+                          'models': models, 'optimizers': [o.state_dict() for o in self.optimizers],
                           'generator': self.world.generator.get_state(), **more}
             write_atomic(self.folder / name, lambda path: torch.save(checkpoint, path))
 
@@ -370,16 +407,15 @@ def device_name(device):
 def addition_pairs(input_min, input_max, heldout, seed, n_max=10**6):
     """
     Pairs (a, b) of input_min..input_max-1 in two parts by chance: training, and the fraction `heldout` held out. All
-    pairs, or where there are more than n_max about so many of them, drawn by chance, none twice.
+    pairs, or where there are more n_max of them, drawn by chance, none twice.
     Returns two tensors (n, 2) in random order, neither empty.
     """
     generator = torch.Generator().manual_seed(seed)
     n_numbers = input_max - input_min
-    if n_numbers**2 <= n_max:
-        index = torch.arange(n_numbers**2)
-    else:
-        index = torch.randint(n_numbers**2, (n_max,), generator=generator).unique()
-    index = index[torch.randperm(len(index), generator=generator)]
+    index = torch.arange(n_numbers**2 if n_numbers**2 <= n_max else 0)
+    while len(index) < min(n_max, n_numbers**2):
+        index = torch.cat([index, torch.randint(n_numbers**2, (n_max,), generator=generator)]).unique()
+    index = index[torch.randperm(len(index), generator=generator)[:n_max]]
     pairs = input_min + torch.stack([index // n_numbers, index % n_numbers], dim=1)
     n_heldout = min(max(1, round(heldout * len(pairs))), len(pairs) - 1)
     return pairs[n_heldout:], pairs[:n_heldout]
@@ -413,8 +449,10 @@ def sample(logits, noise, temperature=1., top_k=0, top_p=1.):
     logits: (N, V). noise: (N,) in [0, 1). temperature: 0 takes the most likely token. top_k: keep the k most likely
     (0: all). top_p: keep the fewest that together have this probability (Holtzman et al. 2019, nucleus sampling).
     Returns tokens (N,) and their log-probabilities (N,) in the distribution they were drawn from; greedy tokens get
-    theirs at temperature 1.
+    theirs at temperature 1. Raises ValueError for settings that define no distribution.
     """
+    if temperature != 0 and temperature < 1e-3 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f'cannot sample with temperature={temperature}, top_k={top_k}, top_p={top_p}')
     logits = logits.float()
     if temperature == 0:
         log_p = logits.log_softmax(-1)
@@ -466,15 +504,15 @@ def ablations(thoughts, choices, seed=0):
     """
     generator = torch.Generator().manual_seed(seed)
     N, T = thoughts.shape
-    rows, counts = thoughts.unique(dim=0, return_counts=True)
+    rows, counts = thoughts.cpu().unique(dim=0, return_counts=True)
     return {'own': thoughts,
             'shuffled': thoughts[torch.randperm(N, generator=generator).to(thoughts.device)],
             'random': torch.randint(choices.start, choices.stop, (N, T), generator=generator).to(thoughts.device),
-            'constant': rows[counts.argmax()].expand(N, T),
+            'constant': rows[counts.argmax()].expand(N, T).to(thoughts.device),
             'none': thoughts[:, :0]}
 
 
-# ---- colours and pictures -------------------------------------------------------------------------------------------
+# ---- colours --------------------------------------------------------------------------------------------------------
 
 COLOURS = {'red': 31, 'green': 32, 'blue': 34, 'magenta': 35, 'cyan': 36}
 
@@ -502,23 +540,3 @@ def show_tokens(tokens, config, decode=str):
 def paint_tick(right):
     """A green tick or a red cross."""
     return paint(' ✓', 'green') if right else paint(' ✗', 'red')
-
-
-def draw_language(path, answers, thoughts, config):
-    """
-    Picture of a language, as stand-alone HTML: which thoughts are written for which answer, how often.
-    answers: (n,) in 0..d_normal_vocab-1. thoughts: (n, T) thought tokens. path: file to write.
-    """
-    graph = need('plotly.graph_objects', 'to draw pictures')
-    thoughts = (thoughts - config.d_normal_vocab).cpu()
-    L, T = config.d_thought_vocab, thoughts.shape[1]
-    code = (thoughts * L ** torch.arange(T - 1, -1, -1)).sum(1)                 # (n,) the thoughts as one number
-    counts = torch.zeros(config.d_normal_vocab, L**T, dtype=torch.long)
-    counts.index_put_((answers.cpu(), code), torch.ones_like(code), accumulate=True)
-    names = [' '.join(str(c // L**t % L) for t in range(T - 1, -1, -1)) for c in range(L**T)]
-    figure = graph.Figure(graph.Heatmap(
-        z=counts.numpy(), x=names, y=list(range(config.d_normal_vocab)), colorscale='Blues', colorbar_title='questions',
-        hovertemplate='answer %{y}, thoughts %{x}: %{z} questions<extra></extra>'))
-    figure.update_layout(title='The invented language', xaxis={'title': 'thoughts', 'type': 'category'},
-                         yaxis_title='answer', width=900, height=800)
-    write_atomic(path, lambda temporary: figure.write_html(temporary, config={'displayModeBar': False}))

@@ -66,7 +66,7 @@ def test_what_is_no_gpt2_is_refused_in_one_line(tmp_path):
         GPT2.from_pretrained(str(tmp_path / 'nothing'))
     assert '\n' not in str(error.value)
     transformers.LlamaConfig(hidden_size=32).save_pretrained(tmp_path / 'llama')
-    with pytest.raises(ValueError, match='not a plain GPT-2'):
+    with pytest.raises(ValueError, match='not a GPT-2 but a llama'):
         GPT2.from_pretrained(str(tmp_path / 'llama'))
     transformers.GPT2Config(activation_function='relu').save_pretrained(tmp_path / 'relu')
     with pytest.raises(ValueError, match='activation_function'):

@@ -2,7 +2,9 @@
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -49,10 +51,44 @@ def test_what_a_run_leaves(script, run_here, tmp_path):
     assert metrics(tmp_path / 'a')[0]['heldout_accuracy'] == result['heldout_accuracy']
 
 
+def test_held_out_questions_stay_so_when_a_checkpoint_is_evaluated(run_here, tmp_path):
+    """It has learned its training pairs by heart: nothing but the held-out ones of its own split is unknown to it."""
+    more = ['--weight_decay=0', '--max_steps=800', '--eval_every=800', '--input_max=20', '--d_model=64']
+    first = json.loads(run_here('add_normal', f'--out_dir={tmp_path}/a', *more, '--seed=5')[1].splitlines()[-1])
+    assert first['accuracy'] > .95 and first['heldout_accuracy'] < .5
+    start = [f'--init_from={tmp_path}/a/ckpt.pt', '--eval_only=True', *more]
+    again = json.loads(run_here('add_normal', *start)[1].splitlines()[-1])
+    assert again['heldout_accuracy'] == first['heldout_accuracy']
+    refused(run_here('add_normal', *start, '--seed=6'), '--seed=6 cannot be changed when going on from')
+    refused(run_here('add_normal', *start, '--heldout=.1'), '--heldout=0.1 cannot be changed')
+
+
+def test_two_runs_do_not_share_a_folder(run_here, tmp_path):
+    out = f'--out_dir={tmp_path}/a'
+    process = start('add_normal', out, '--max_steps=100000')
+    while not (tmp_path / 'a/ckpt.pt').exists():
+        time.sleep(.01)
+    refused(run_here('add_normal', out), 'another run is writing to')
+    refused(run_here('add_normal', out, '--init_from=resume'), 'another run is writing to')
+    process.kill()
+    process.communicate()
+    assert run_here('add_normal', out)[0] == 0 and (tmp_path / 'a.1/ckpt.pt').exists()
+
+
+def test_folders_that_are_not_of_a_run_are_left_alone(run_here, tmp_path, monkeypatch):
+    (tmp_path / 'model').mkdir()
+    (tmp_path / 'model/config.json').write_text('{"model_type": "gpt2"}')
+    refused(run_here('add_normal', f'--out_dir={tmp_path}/model'), 'is not the folder of a run')
+    assert [p.name for p in (tmp_path / 'model').iterdir()] == ['config.json']
+    monkeypatch.chdir(tmp_path / 'model')
+    (tmp_path / 'model/config.json').unlink()
+    refused(run_here('add_normal', '--out_dir=.'), 'is not the folder of a run')
+
+
 def test_the_folder_is_named_after_what_was_changed(run_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_here('add_normal', '--n_layer=2')
-    folder = tmp_path / 'out/add_normal/input_max=7,batch_size=16,d_model=16,n_head=2,device=cpu,n_layer=2'
+    folder = tmp_path / 'out/add_normal/input_max=7,batch_size=16,n_layer=2,n_head=2,d_model=16,device=cpu'
     assert (folder / 'ckpt.pt').exists()
     assert run_here('add_normal', '--n_layer=2', '--init_from=resume', '--max_steps=8')[0] == 0
     assert metrics(folder)[-1]['step'] == 8
@@ -87,21 +123,18 @@ def test_the_picture_shows_who_calls_what_how(run_here, tmp_path, monkeypatch):
     assert 'invented language' in page and 'script src=' not in page        # stand-alone
 
 
-def test_max_seconds(run_here, tmp_path):
-    code, out, _ = run_here('add_normal', f'--out_dir={tmp_path}/a', '--max_steps=100000', '--max_seconds=2')
-    assert code == 0 and 'max_seconds=2' in out and 0 < json.loads(out.splitlines()[-1])['steps'] < 100000
-
-
 # ---- do they learn?
 
 def test_blind_policies_invent_a_language(run_here, tmp_path):
-    """11 answers and 16 codes: every answer needs a name, known to both policies."""
-    code, out, _ = run_here('add_think_blind', '--input_max=11', '--d_thought_vocab=4', '--think_len=2', '--d_model=64',
-                            '--n_head=8', '--max_steps=400', '--eval_every=400', '--batch_size=128',
-                            '--weight_decay=1', f'--out_dir={tmp_path}/a')
+    """16 answers and 16 codes: every code is needed, and must mean the same to both policies."""
+    more = ['--input_max=16', '--d_thought_vocab=4', '--think_len=2', '--d_model=64', '--n_head=8', '--max_steps=400',
+            '--eval_every=400', '--batch_size=128', '--weight_decay=1', '--heldout=.1']
+    code, out, _ = run_here('add_think_blind', *more, f'--out_dir={tmp_path}/a')
     result = json.loads(out.splitlines()[-1])
-    assert code == 0 and result['accuracy'] > .99 and result['codes'] >= 11
-    assert max(result['ablation'][name] for name in ('random', 'constant', 'none')) < .4
+    assert code == 0 and result['accuracy'] > .99 and result['codes'] == 16
+    assert max(result['ablation'][name] for name in ('shuffled', 'random', 'constant', 'none')) < .4
+    _, out, _ = run_here('add_think_blind', *more, f'--out_dir={tmp_path}/b', '--balance_steps=0')
+    assert json.loads(out.splitlines()[-1])['accuracy'] < .99      # and the prices are what keeps codes apart
 
 
 @pytest.mark.parametrize('order', ['msb', 'lsb'])
@@ -114,30 +147,89 @@ def test_digits_are_learned(order, run_here, tmp_path):
 
 
 def test_fewer_codes_than_answers_warns(run_here, tmp_path):
-    code, out, _ = run_here('add_think_blind', '--d_thought_vocab=2', '--think_len=2', f'--out_dir={tmp_path}/a')
+    code, out, _ = run_here('add_think_blind', '--d_thought_vocab=2', '--think_len=2', f'--out_dir={tmp_path}/a',
+                            '--d_model=64', '--batch_size=128', '--max_steps=300', '--eval_every=300')
     assert code == 0 and '4 codes cannot name 7 answers, accuracy can reach 0.5714' in out
+    assert .35 < json.loads(out.splitlines()[-1])['accuracy'] < .62     # and trains: chance is .14
+
+
+def test_divergence_ends_in_one_line(run_here, tmp_path):
+    refused(run_here('add_normal', f'--out_dir={tmp_path}/a', '--learning_rate=1e9', '--max_steps=100'), 'diverged')
 
 
 # ---- interruption
 
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_killed_and_resumed_equals_uninterrupted(script, tmp_path):
-    more = ['--max_steps=60', '--eval_every=7', '--log_every=2']
-    run(script, f'--out_dir={tmp_path}/whole', *more)
-    process = start(script, f'--out_dir={tmp_path}/killed', *more)
-    log, wanted = tmp_path / 'killed/metrics.jsonl', random.Random().randint(2, 30)     # at any step
-    while process.poll() is None and (not log.exists() or log.read_text().count('\n') < wanted):
+def kill_at_line(n_lines, script, folder, *arguments, **how):
+    """Start a run and kill it once its log has n_lines."""
+    process, log = start(script, f'--out_dir={folder}', *arguments, **how), folder / 'metrics.jsonl'
+    while process.poll() is None and (not log.exists() or log.read_text().count('\n') < n_lines):
         time.sleep(.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert process.returncode == -signal.SIGKILL and metrics(tmp_path / 'killed')[-1]['step'] < 60
+    assert process.returncode == -signal.SIGKILL, 'it ended before it was killed'
+
+
+def assert_same_runs(a, b):
+    """Two runs that left the same metrics, samples and weights."""
+    assert metrics(a) == metrics(b)
+    assert (a / 'samples.txt').read_text() == (b / 'samples.txt').read_text()
+    for name in ('ckpt.pt', 'best.pt'):
+        ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (a, b))
+        assert ours['step'] == theirs['step'] and ours['best'] == theirs['best']
+        for model, packed in ours['models'].items():
+            for key, tensor in packed['state'].items():
+                assert torch.equal(tensor, theirs['models'][model]['state'][key]), key
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_killed_and_resumed_equals_uninterrupted(script, tmp_path):
+    """Killed at any step, resumed, killed again, before or after the next checkpoint, resumed."""
+    more = ['--max_steps=400', '--eval_every=37', '--log_every=2']
+    first = random.randint(2, 40)
+    second = random.randint(first + 1, 60)
+    print(f'killed when the log has {first} and {second} lines')
+    run(script, f'--out_dir={tmp_path}/whole', *more)
+    kill_at_line(first, script, tmp_path / 'killed', *more)
+    kill_at_line(second, script, tmp_path / 'killed', *more, '--init_from=resume')
     run(script, f'--out_dir={tmp_path}/killed', *more, '--init_from=resume')
-    assert metrics(tmp_path / 'killed') == metrics(tmp_path / 'whole')
-    assert (tmp_path / 'killed/samples.txt').read_text() == (tmp_path / 'whole/samples.txt').read_text()
-    whole, killed = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('whole', 'killed'))
-    for name, packed in whole['models'].items():
-        for key, tensor in packed['state'].items():
-            assert torch.equal(tensor, killed['models'][name]['state'][key]), key
+    assert_same_runs(tmp_path / 'killed', tmp_path / 'whole')
+    assert len(json.loads((tmp_path / 'killed/config.json').read_text())['resumed']) == 2
+    for _ in range(2):      # resuming what is finished changes nothing
+        run(script, f'--out_dir={tmp_path}/killed', '--init_from=resume')
+        assert_same_runs(tmp_path / 'killed', tmp_path / 'whole')
+
+
+def test_resumed_at_full_size_with_two_threads(tmp_path):
+    more = ['--input_max=100', '--d_thought_vocab=10', '--think_len=2', '--batch_size=512', '--d_model=128',
+            '--n_head=32', '--max_steps=12', '--eval_every=5']
+    threads = {'env': {'OMP_NUM_THREADS': '2'}}
+    run('add_think_blind', f'--out_dir={tmp_path}/whole', *more, **threads)
+    kill_at_line(9, 'add_think_blind', tmp_path / 'killed', *more, **threads)
+    run('add_think_blind', f'--out_dir={tmp_path}/killed', *more, '--init_from=resume', **threads)
+    assert_same_runs(tmp_path / 'killed', tmp_path / 'whole')
+
+
+def test_the_clock_goes_on_when_resumed(run_here, tmp_path):
+    out = f'--out_dir={tmp_path}/a'
+    _, text, _ = run_here('add_normal', out, '--max_steps=100000', '--max_seconds=2')
+    steps = json.loads(text.splitlines()[-1])['steps']
+    _, text, _ = run_here('add_normal', out, '--init_from=resume')
+    result = json.loads(text.splitlines()[-1])
+    assert 0 < steps == result['steps'] and 2 < result['seconds']       # the two seconds were over
+
+
+def test_a_checkpoint_survives_a_write_that_breaks(run_here, tmp_path, monkeypatch):
+    out = f'--out_dir={tmp_path}/a'
+    run_here('add_normal', out)
+    good = (tmp_path / 'a/ckpt.pt').read_bytes()
+
+    def breaks(checkpoint, path):
+        path.write_bytes(good[:99])
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, 'save', breaks)
+    with pytest.raises(KeyboardInterrupt):
+        run_here('add_normal', out, '--init_from=resume', '--max_steps=9')
+    assert (tmp_path / 'a/ckpt.pt').read_bytes() == good
 
 
 # ---- processes
@@ -153,6 +245,7 @@ def test_two_processes_equal_one(script, tmp_path):
     for name, packed in one.items():
         for key, tensor in packed['state'].items():
             torch.testing.assert_close(two[name]['state'][key], tensor, atol=1e-5, rtol=0)
+    assert json.loads((tmp_path / 'two/config.json').read_text())['processes'] == 2
 
 
 # ---- bad input
@@ -173,8 +266,10 @@ BAD = {
     '--heldout=1': 'must be between 0',
     '--batch_size=0': 'must be between 1',
     '--eval_only=yes': 'must be True or False',
-    '--device=tpu9': '--device=tpu9 is not to be had',
+    '--device=tpu9': '--device=tpu9 must be auto, cpu',
+    '--device=meta': '--device=meta must be auto, cpu',
     '--device=cuda:77': '--device=cuda:77 is not to be had',
+    '--d_model=1048576': 'memory',
     '--dtype=float8': 'must be one of float32, bfloat16',
     '--wandb_mode=on': 'must be one of disabled, offline, online',
     '--init_from=resume': 'nothing to resume',
@@ -199,7 +294,8 @@ def test_bad_input_of_one_script(run_here, tmp_path):
     out = f'--out_dir={tmp_path}/a'
     refused(run_here('add_normal', out, '--encoding=roman'), 'must be one of int, digits')
     refused(run_here('add_normal', out, '--input_min=6'), 'leaves no two numbers')
-    refused(run_here('add_think_blind', out, '--think_len=40'), 'are too many')
+    refused(run_here('add_think_blind', out, '--think_len=40'), 'too many to score')
+    refused(run_here('add_think_blind', out, '--think_len=4000'), 'too many to score')
     refused(run_here('add_think_blind', out, '--think_len=0'), 'must be between 1')
     refused(run_here('add_think_blind', out, '--tau=0'), 'must be between')
 
@@ -219,7 +315,7 @@ def test_bad_checkpoints(run_here, tmp_path):
     torch.save([1, 2], tmp_path / 'a/ckpt.pt')
     refused(run_here('add_normal', out, '--init_from=resume'), 'no checkpoint of these scripts')
     (tmp_path / 'a/ckpt.pt').write_bytes(good)
-    refused(run_here('add_normal', out, '--init_from=resume', '--n_layer=2'), 'cannot be changed when resuming')
+    refused(run_here('add_normal', out, '--init_from=resume', '--n_layer=2'), 'cannot be changed when going on')
     refused(run_here('add_think_blind', out, '--init_from=resume'), 'is from add_normal.py')
     refused(run_here('add_normal', f'--init_from={tmp_path}/a/ckpt.pt', '--n_layer=2'), 'n_layer=1, not 2')
     refused(run_here('add_think_blind', f'--init_from={tmp_path}/a/ckpt.pt'), 'no model called thinking')
@@ -244,6 +340,17 @@ def test_a_missing_package_is_named(run_here, tmp_path, monkeypatch):
 
 
 # ---- the repository
+
+def test_the_tables_of_the_readme_are_those_of_the_results(tmp_path):
+    for name in ('bench.py', 'utils.py', 'README.md'):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / 'assets/results', tmp_path / 'assets/results')
+    subprocess.run([sys.executable, tmp_path / 'bench.py', '--suite=tables'], check=True)
+    readme = (tmp_path / 'README.md').read_text()
+    assert readme == (ROOT / 'README.md').read_text() and '| `python add_think_blind.py` |' in readme
+    unknown = subprocess.run([sys.executable, tmp_path / 'bench.py', '--only=nothing'], capture_output=True, text=True)
+    assert unknown.returncode == 2 and unknown.stderr.startswith('error: --only=nothing must be one of blind, ')
+
 
 def test_ci_runs_the_command_of_the_readme():
     command = (ROOT / '.ci/run').read_text().splitlines()[-1].replace(' -q -r', ' -r')

@@ -53,6 +53,12 @@ def test_no_noise_reaches_an_impossible_token():
         assert ((tokens >= 300) & (tokens < 700)).all() and log_probs.isfinite().all()
 
 
+def test_settings_that_define_no_distribution():
+    for how in ({'temperature': -1}, {'temperature': 1e-45}, {'top_k': -1}, {'top_p': 0}, {'top_p': 1.5}):
+        with pytest.raises(ValueError, match='cannot sample'):
+            sample(torch.zeros(1, 3), torch.zeros(1), **how)
+
+
 # ---- balanced targets
 
 def follow(scores, n_calls=300, tau=.1):
@@ -105,9 +111,20 @@ def test_pairs_are_split_without_loss_or_overlap():
 def test_pairs_of_large_numbers_are_drawn():
     train, test = addition_pairs(10000, 100000, .1, seed=0, n_max=5000)
     both = torch.cat([train, test])
-    assert 4990 <= len(both) <= 5000 and both.min() >= 10000 and both.max() < 100000
+    assert len(both) == 5000 and both.min() >= 10000 and both.max() < 100000
     assert len(both.unique(dim=0)) == len(both)
     assert both[:, 0].float().mean().item() == pytest.approx(55000, rel=.03)
+    assert len(torch.cat(addition_pairs(0, 71, .1, seed=0, n_max=5000)).unique(dim=0)) == 5000     # of 5041
+
+
+# ---- processes
+
+def test_processes_share_a_batch_without_loss_or_overlap():
+    world = utils.World({'device': 'cpu', 'batch_size': 12, 'seed': 0})
+    batch, world.size, shares = torch.arange(12), 3, []
+    for world.rank in range(3):
+        shares.append(world.share(batch))
+    assert [len(share) for share in shares] == [4, 4, 4] and torch.equal(torch.cat(shares), batch)
 
 
 # ---- optimiser and schedule
