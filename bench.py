@@ -30,7 +30,7 @@ seeds = 5                       # runs of each row, with seeds 0, 1, ...
 knobs = read_knobs(__file__, globals())
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
-DIGITS = '--encoding=digits --input_max=1000'
+DIGITS = '--encoding=digits --input_max=1000 --max_steps=1000'
 SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     'learning': {
         'blind': ('cpu', 'add_think_blind', '', 'two thoughts of ten tokens'),
@@ -39,16 +39,16 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
         'normal': ('cpu', 'add_normal', '', 'the control: no thoughts'),
         'digits': ('cpu', 'add_normal', DIGITS, 'text, highest digit first'),
         'digits-lsb': ('cpu', 'add_normal', f'{DIGITS} --digit_order=lsb', 'lowest digit first'),
-        'blind-gpu': ('cuda', 'add_think_blind', '', 'the main job'),
+        'blind-gpu': ('cuda', 'add_think_blind', '--max_steps=1000', 'the main job, two thirds of the steps'),
         'digits-5': ('cuda', 'add_normal', '--encoding=digits --input_min=10000 --input_max=100000 --max_steps=6000',
                      'five digits, highest first'),
     },
     'ablation': {
-        'whole': ('cuda', 'add_think_blind', '', 'the whole recipe'),
-        'balance': ('cuda', 'add_think_blind', '--balance_steps=0', 'codes without prices'),
-        'tau': ('cuda', 'add_think_blind', '--tau=10', 'no amplification'),
-        'decay': ('cuda', 'add_think_blind', '--weight_decay=0', 'no weight decay'),
-        'heads': ('cuda', 'add_think_blind', '--n_head=4', '4 heads of 32 in place of 32 heads of 4'),
+        'whole': ('cuda', 'add_think_blind', '--max_steps=1000', 'the whole recipe'),
+        'balance': ('cuda', 'add_think_blind', '--max_steps=1000 --balance_steps=0', 'codes without prices'),
+        'tau': ('cuda', 'add_think_blind', '--max_steps=1000 --tau=10', 'no amplification'),
+        'decay': ('cuda', 'add_think_blind', '--max_steps=1000 --weight_decay=0', 'no weight decay'),
+        'heads': ('cuda', 'add_think_blind', '--max_steps=1000 --n_head=4', '4 heads of 32, not 32 of 4'),
     },
 }
 ROOT = Path(__file__).parent
