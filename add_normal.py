@@ -18,7 +18,7 @@ carries at once.
 import torch
 
 from model import ModelConfig, make_model, pack
-from utils import Run, World, addition_pairs, fail, make_optimizer, paint, paint_tick, read_knobs, schedule, user_errors
+from utils import Run, World, addition_pairs, fail, make_optimizer, paint, read_knobs, schedule, user_errors
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ def evaluate(step):
     run.report(step, **result)
     question, answer = encode(test[:3])
     for q, a, guess in zip(question, answer, answer_greedily(question)):
-        run.sample(paint(decode(torch.cat([q, guess])), 'blue') + paint_tick((guess == a).all()))
+        run.sample(paint(decode(torch.cat([q, guess])), 'blue'), right=(guess == a).all())
     if result['heldout_accuracy'] > run.best:
         run.best = result['heldout_accuracy']
         save(step, 'best.pt')

@@ -26,7 +26,7 @@ import math
 import torch
 
 from model import ThinkingModelConfig, make_model, pack
-from utils import (Run, World, ablations, addition_pairs, balanced_target, fail, make_optimizer, need, paint_tick,
+from utils import (Run, World, ablations, addition_pairs, balanced_target, fail, make_optimizer, need,
                    read_knobs, sample, schedule, show_tokens, user_errors, write_atomic)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
@@ -130,8 +130,8 @@ def evaluate(step):
     run.report(step, **result)
     for question, thought, answer in zip(test[:3], test_thoughts, answer_greedily(test_thoughts[:3])):
         end = torch.full_like(thought[:1], thinking.config.end_thought)
-        run.sample(show_tokens(torch.cat([question, thought, end, answer[None]]), thinking.config)
-                   + paint_tick(answer == question.sum() % input_max))
+        run.sample(show_tokens(torch.cat([question, thought, end, answer[None]]), thinking.config),
+                   right=answer == question.sum() % input_max)
     if result['heldout_accuracy'] > run.best:
         run.best = result['heldout_accuracy']
         save(step, 'best.pt')

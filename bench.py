@@ -10,9 +10,6 @@ A result file names the command, the hardware, the version of torch and the comm
 holds the last line of every run. A row is measured on a CPU or on a GPU, whichever it belongs on.
 """
 import json
-import os
-import platform
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +17,7 @@ from statistics import mean
 
 import torch
 
-from utils import fail, git_commit, read_knobs, write_atomic
+from utils import device_name, fail, git_commit, read_knobs, write_atomic
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 suite = 'learning'              # 'learning' | 'ablation' | 'tables'
@@ -55,20 +52,11 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
 
 
-def hardware(device):
-    """What the runs are measured on, in words."""
-    if device == 'cuda':
-        return torch.cuda.get_device_name()
-    cpuinfo = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
-    name = re.search(r'model name\s*: (.*)', cpuinfo)
-    return f'{name.group(1) if name else platform.machine()}, {os.cpu_count()} cores'
-
-
 def measure(suite, row):
     """Run a row's command with every seed; write assets/results/<suite>-<row>.json."""
     device, script, arguments, _ = SUITES[suite][row]
     command = f'python {script}.py {arguments}'.strip()
-    result = {'command': command, 'hardware': hardware(device), 'torch': torch.__version__, 'commit': git_commit(),
+    result = {'command': command, 'hardware': device_name(device), 'torch': torch.__version__, 'commit': git_commit(),
               'runs': []}
     for seed in range(seeds):
         print(f'{command} --seed={seed}', flush=True)

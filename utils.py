@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import platform
 import re
 import resource
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 
@@ -111,8 +113,7 @@ def read_knobs(file, script_globals):
         given[name] = parse_knob(name, text, defaults[name], choices[name])
 
     knobs = Knobs(defaults | given)
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='replace')    # a terminal that cannot show a tick is no reason to stop
+    sys.stdout.reconfigure(errors='replace')    # a terminal that cannot show a tick is no reason to stop
     knobs.script, knobs.checkpoint = Path(file).stem, None
     name = ','.join(f'{k}={given[k]}' for k in defaults if k in given and k not in FREE and given[k] != defaults[k])
     knobs.folder = Path(knobs.get('out_dir') or Path('out') / knobs.script / (name.replace('/', '_') or 'default'))
@@ -199,11 +200,9 @@ class World:
         """Average gradients over processes, in place."""
         if self.size > 1:
             grads = [p.grad for p in parameters if p.grad is not None]
-            flat = torch.cat([g.flatten() for g in grads])
+            flat = parameters_to_vector(grads)
             dist.all_reduce(flat)
-            flat /= self.size
-            for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
-                g.copy_(mean.view_as(g))
+            vector_to_parameters(flat / self.size, grads)
 
     def peak_memory_mb(self):
         """Most memory this process has used: of the GPU where there is one, else of the machine."""
@@ -269,8 +268,8 @@ class Run:
             wandb = need('wandb', 'for wandb_mode') if self.knobs['wandb_mode'] != 'disabled' else None
             if self.knobs.get('plot'):
                 need('plotly', 'to plot')
-        config = self.folder / 'config.json'
-        written = json.loads(config.read_text()) if config.exists() else None
+            config = self.folder / 'config.json'
+            written = json.loads(config.read_text()) if config.exists() else None
         if written and 'script' not in written or self.folder.resolve() == Path.cwd():
             fail(f'{self.folder} is not the folder of a run, pass another --out_dir')
         if written and not resumed:
@@ -286,7 +285,7 @@ class Run:
             file.truncate(length)       # forget what was written after the checkpoint
             file.seek(length)
         now = {'knobs': self.knobs, 'commit': git_commit(), 'torch': torch.__version__,
-               'device': device_name(self.world.device), 'processes': self.world.size}
+               'device': device_name(self.world.device.type), 'processes': self.world.size}
         if resumed and written:
             written.setdefault('resumed', []).append({'step': self.first_step, **now})
         else:
@@ -318,14 +317,13 @@ class Run:
         self.bar = tqdm(range(first, last), initial=first, total=last, dynamic_ncols=True,
                         disable=None if self.world.main else True)
         for step in self.bar:
-            late = self.seconds() > self.knobs['max_seconds']
-            if self.world.size > 1:     # the main process's clock counts for all
-                flag = torch.tensor(float(late), device=self.world.device)
-                dist.broadcast(flag, 0)
-                late = bool(flag)
-            if late:
-                self.print(f'stopped at step {step}: max_seconds={self.knobs["max_seconds"]:g} have passed')
-                break
+            if step % self.knobs['log_every'] == 0:     # not at every step: asking the other processes makes them wait
+                late = torch.tensor(float(self.seconds() > self.knobs['max_seconds']), device=self.world.device)
+                if self.world.size > 1:
+                    dist.broadcast(late, 0)             # the main process's clock counts for all
+                if late:
+                    self.print(f'stopped at step {step}: max_seconds={self.knobs["max_seconds"]:g} have passed')
+                    break
             yield step
         self.bar.close()
 
@@ -334,8 +332,9 @@ class Run:
         if self.world.main:
             tqdm.write(text)
 
-    def sample(self, text):
-        """Print coloured text, and keep it, without colours, in samples.txt."""
+    def sample(self, text, right):
+        """Print coloured text with a green tick or a red cross, and keep it, without colours, in samples.txt."""
+        text = f'{text} {paint("✓", "green") if right else paint("✗", "red")}'
         self.print(text)
         if self.writes:
             self.samples.write(re.sub('\033\\[[0-9;]*m', '', text) + '\n')
@@ -395,11 +394,13 @@ def git_commit():
         return None
 
 
-def device_name(device):
-    """What a result was measured on."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    return f'{device.type}, {torch.get_num_threads()} threads'
+def device_name(kind):
+    """What results on a device of this kind ('cpu', 'cuda') are measured on, in words."""
+    if kind == 'cuda':
+        return torch.cuda.get_device_name()
+    cpuinfo = Path('/proc/cpuinfo').read_text() if os.path.exists('/proc/cpuinfo') else ''
+    name = re.search(r'model name\s*: (.*)', cpuinfo)
+    return f'{name.group(1) if name else platform.machine()}, {os.cpu_count()} cores'
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------------
@@ -427,7 +428,6 @@ def make_optimizer(model, learning_rate, weight_decay, betas=(.9, .98)):
     """AdamW that decays matrices and embeddings, and neither biases nor norms; schedule() sets the learning rate."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    assert len({id(p) for p in matrices + vectors}) == len(matrices) + len(vectors) == len(list(model.parameters()))
     groups = [{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=matrices[0].device.type != 'mps')
 
@@ -526,17 +526,10 @@ def paint(text, colour):
 
 def show_tokens(tokens, config, decode=str):
     """A row of tokens as text: normal tokens blue, thoughts cyan, end_thought magenta."""
-    parts = []
-    for token in tokens.tolist():
+    def show(token):
         if token < config.d_normal_vocab:
-            parts.append(paint(decode(token), 'blue'))
-        elif token < config.end_thought:
-            parts.append(paint(f'<think{token - config.d_normal_vocab}>', 'cyan'))
-        else:
-            parts.append(paint('<end_thought>', 'magenta'))
-    return ' '.join(parts)
-
-
-def paint_tick(right):
-    """A green tick or a red cross."""
-    return paint(' ✓', 'green') if right else paint(' ✗', 'red')
+            return paint(decode(token), 'blue')
+        if token < config.end_thought:
+            return paint(f'<think{token - config.d_normal_vocab}>', 'cyan')
+        return paint('<end_thought>', 'magenta')
+    return ' '.join(map(show, tokens.tolist()))
