@@ -18,7 +18,8 @@ carries at once.
 import torch
 
 from model import ModelConfig, make_model, pack
-from utils import Run, World, addition_pairs, fail, make_optimizer, paint, read_knobs, schedule, user_errors
+from utils import (Run, World, addition_questions, digits, fail, make_optimizer, paint, read_knobs, schedule,
+                   user_errors)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -56,14 +57,9 @@ world = World(knobs)
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 
-train_pairs, heldout_pairs = (pairs.to(world.device) for pairs in addition_pairs(input_min, input_max, heldout, seed))
+train_set, heldout_set = (part.to(world.device) for part in addition_questions(input_min, input_max, heldout, seed))
 CHARACTERS = '0123456789+='
 question_width, answer_width = len(str(input_max - 1)), len(str(2 * input_max - 2))
-
-
-def digits(numbers, width):
-    """The digits (n, width) of numbers (n,), highest first, padded with zeros."""
-    return numbers[:, None] // 10 ** torch.arange(width - 1, -1, -1, device=numbers.device) % 10
 
 
 def encode(pairs):
@@ -82,7 +78,7 @@ def decode(tokens):
     return ' '.join(map(str, tokens.tolist())) if encoding == 'int' else ''.join(CHARACTERS[i] for i in tokens.tolist())
 
 
-question_len, answer_len = (tokens.shape[1] for tokens in encode(train_pairs[:1]))
+question_len, answer_len = (tokens.shape[1] for tokens in encode(train_set[:1]))
 
 # ---- model ----------------------------------------------------------------------------------------------------------
 
@@ -116,7 +112,7 @@ def accuracy(pairs):
 
 def evaluate(step):
     """Report on all questions, show a few, keep the best checkpoint. Returns the numbers."""
-    train, test = train_pairs[:eval_questions], heldout_pairs[:eval_questions]
+    train, test = train_set[:eval_questions], heldout_set[:eval_questions]
     result = {'accuracy': accuracy(train), 'heldout_accuracy': accuracy(test)}
     run.report(step, **result)
     question, answer = encode(test[:3])
@@ -138,8 +134,8 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
     schedule(optimizer, learning_rate, step, max_steps, warmup_steps)
 
     # a batch of questions; every process draws all of it and takes its share
-    rows = torch.randint(len(train_pairs), (batch_size,), generator=world.generator, device=world.device)
-    question, answer = encode(train_pairs[world.share(rows)])                       # (B, S), (B, A)
+    rows = torch.randint(len(train_set), (batch_size,), generator=world.generator, device=world.device)
+    question, answer = encode(train_set[world.share(rows)])                         # (B, S), (B, A)
 
     with world.autocast:
         loss = -model.log_probs(question, answer).sum(1).mean()

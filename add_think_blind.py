@@ -7,34 +7,45 @@ The answering policy sees nothing but the thoughts. Nobody tells either what a t
 
     python add_think_blind.py                                              # M=100, 10 thought tokens, 2 thoughts
     python add_think_blind.py --d_thought_vocab=100 --think_len=1          # one thought says it all
+    python add_think_blind.py --search=False                               # only codes that the thinking policy wrote
+    python add_think_blind.py --super=True                                 # the answering policy is taught the digits
     python add_think_blind.py --init_from=resume                           # go on after an interruption
     torchrun --standalone --nproc_per_node=2 add_think_blind.py            # the same update, by two processes
 
-Each step: the answering policy scores all L^T codes, that is, says how likely every answer is after every code. These
-rewards, log p(answer | code), are turned into a target: a distribution over codes for every answer, near
-softmax(reward / tau), in which no code is taken by more than its share of answers. Thoughts are drawn from the target.
-The thinking policy learns to write them (cross-entropy), the answering policy to read them (cross-entropy weighted by
-the target), which makes codes that are a little better for an answer a lot better: this is how meaning gets started.
+Each step: the answering policy scores candidate codes, that is, says how likely every answer is after every code: all
+L^T of them (search), or those that the thinking policy has written for the batch. These rewards, log p(answer | code),
+are turned into a target: a distribution over codes for every answer, near softmax(reward / tau), in which no code is
+taken by more than its share of answers. Thoughts are drawn from the target. The thinking policy learns to write them
+(cross-entropy), the answering policy to read them (cross-entropy weighted by the target), which makes codes that are a
+little better for an answer a lot better: this is how meaning gets started. Without search the reward is log p(the code
+is written for the answer and read as it), so both policies have a say in the language; with search it is the answering
+policy's invention.
 
-What it is not: a policy gradient. Advantage-weighted regression (Peng et al. 2019) would weight samples of the thinking
-policy by softmax(reward / tau); here all codes are weighted, and the weights are balanced over codes, without which
-answers come to share codes (--balance_steps=0). Because all codes are scored, the language is the answering policy's
-invention, and the thinking policy learns it.
+What it is not: a policy gradient. Advantage-weighted regression (Peng et al. 2019) weights the samples of one question
+by softmax(reward / tau); here codes are weighted for an answer, and the weights are balanced over codes, without which
+answers come to share codes (--balance_steps=0). The policy gradients are there to be compared, as --search=False
+--advantage=grpo and others: on rollouts of one question, the reward log p(answer | code) or, with clean, 1 or 0. They
+have no importance weights where exploration changes how rollouts are sampled, and no clipping or KL term, as each
+rollout is used once; the answering policy learns from rollouts as far as their advantages are positive.
 """
+import json
 import math
 
 import torch
+import torch.nn.functional as F
 
 from model import ThinkingModelConfig, make_model, pack
-from utils import (Run, World, ablations, addition_pairs, balanced_target, fail, make_optimizer, need,
-                   read_knobs, sample, schedule, show_tokens, user_errors, write_atomic)
+from utils import (Run, World, ablations, addition_questions, advantages, balanced_target, digits, fail, make_optimizer,
+                   need, read_knobs, sample, schedule, show_tokens, user_errors, write_atomic)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
 input_max = 100                 # M: numbers are 0..M-1
+n_adds = 2                      # numbers to be added
 d_thought_vocab = 10            # L: thought tokens
 think_len = 2                   # T: thoughts per question
-heldout = .2                    # share of the M^2 questions that is never trained on
+fixed = True                    # always T thoughts; False: up to T, end_thought ends them
+heldout = .2                    # share of the questions that is never trained on
 batch_size = 512                # questions per step, over all processes
 max_steps = 1500                # updates; the learning rates fall to zero over their second half
 max_seconds = 1e6               # stop after this wall-clock time
@@ -46,8 +57,25 @@ warmup_steps = 50               # steps over which learning rates rise
 n_layer = 1                     # of both policies
 n_head = 32                     # of both policies
 d_model = 128                   # of both policies
-tau = .1                        # temperature of the target: smaller makes the best codes count more
-balance_steps = 10              # iterations per step that keep answers from sharing codes; 0: they may
+split = True                    # two models; False: one is both policies, with learning_rate and weight_decay
+frozen = 'none'                 # 'none' | 'thinking' | 'answering': the policy that does not learn
+super = False                   # teach the answering policy hand-made thoughts: the answer's digits in base L
+super_order = 'msb'             # 'msb' | 'lsb' | 'random': digits most or least significant first, or a random code
+clean = False                   # hand-made reward: 1 for exactly the hand-made thoughts, 0 for all others
+search = True                   # candidates are all L^T codes, or from 2^17 on those written and as many random ones
+advantage = 'balanced'          # 'balanced' | 'softmax' | 'best' | 'grpo' | 'rloo' | 'dr_grpo' | 'reinforce' | 'clean'
+tau = .1                        # temperature of balanced and softmax: smaller makes the best codes count more
+balance_steps = 10              # of balanced: iterations per step that keep answers from sharing codes; 0: they may
+memory = .9                     # of balanced without search: share of the counts of written codes kept per step
+answer_on = 'chosen'            # 'chosen' | 'written': answering learns from thoughts that advantage chose, or all
+group_size = 8                  # G: rollouts of a question; none when all codes are searched, so next six do nothing
+temperature = 1.                # of rollouts
+top_k = 0                       # rollouts choose from the k most likely thoughts; 0: from all
+top_p = 1.                      # rollouts choose from the fewest thoughts that have this probability together
+epsilon = 0.                    # share of a rollout's thoughts that are drawn at random
+epsilon_steps = 0               # steps over which epsilon falls to zero; 0: it stays
+logit_noise = 0.                # std of what is added to the logits of thoughts, drawn once per rollout
+entropy_weight = 0.             # of a bonus for the entropy of the thinking policy's choices, along the chosen thoughts
 eval_every = 250                # steps between evaluations, each with a checkpoint and samples
 eval_questions = 10000          # questions of each kind per evaluation, at most
 log_every = 10                  # steps between lines of metrics.jsonl
@@ -63,141 +91,280 @@ plot = False                    # draw the language at the end: language.html, n
 # ---- set-up ---------------------------------------------------------------------------------------------------------
 
 knobs = read_knobs(__file__, globals())
-if think_len * math.log2(d_thought_vocab) > 17:
-    fail(f'd_thought_vocab={d_thought_vocab} and think_len={think_len} make over 2^17 codes, too many to score all')
-n_codes = d_thought_vocab ** think_len
+base = d_thought_vocab + (not fixed)        # tokens to choose from
+if think_len * math.log2(base) > 62:
+    fail(f'd_thought_vocab={d_thought_vocab} and think_len={think_len} make over 2^62 codes, too many to number')
+n_codes = d_thought_vocab ** think_len if fixed else sum(d_thought_vocab ** t for t in range(think_len + 1))
+n_slots = min(base ** think_len, 2**17 - 1)     # for prices and counts: where codes are more, some share one
+if (super or clean) and d_thought_vocab ** think_len < input_max:
+    fail(f'd_thought_vocab={d_thought_vocab} and think_len={think_len} make no digits for {input_max} answers')
+if search and advantage not in ('balanced', 'softmax', 'best'):
+    fail(f'advantage={advantage} needs rollouts: --search=False')
+if search and answer_on == 'written':
+    fail('answer_on=written needs rollouts: --search=False')
+if group_size < 2 and advantage in ('grpo', 'rloo', 'dr_grpo'):
+    fail(f'advantage={advantage} compares the rollouts of a group: group_size={group_size} must be at least 2')
+if not search and advantage == 'balanced' and input_max * n_slots > 2**26:
+    fail(f'without search, counts are kept for {input_max} answers x {n_slots} codes, over 2^26: --search=True')
+if not split and frozen != 'none':
+    fail(f'frozen={frozen} needs two models: --split=True')
 world = World(knobs)
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 
-train_pairs, heldout_pairs = (pairs.to(world.device) for pairs in addition_pairs(0, input_max, heldout, seed))
+with user_errors():
+    train_set, heldout_set = (part.to(world.device)
+                              for part in addition_questions(0, input_max, heldout, seed, n_adds))
 
 # ---- model ----------------------------------------------------------------------------------------------------------
 
-shape = dict(block_size=think_len + 1, n_layer=n_layer, n_head=n_head, d_model=d_model, init='unit', tie_weights=False,
-             d_normal_vocab=input_max, d_thought_vocab=d_thought_vocab)
+shape = dict(block_size=think_len + max(1, n_adds - 1), n_layer=n_layer, n_head=n_head, d_model=d_model, init='unit',
+             tie_weights=False, d_normal_vocab=input_max, d_thought_vocab=d_thought_vocab)
 with user_errors():
-    thinking = make_model(ThinkingModelConfig(**shape, output_kind='thought'), knobs.checkpoint, 'thinking')
-    answering = make_model(ThinkingModelConfig(**shape, input_kind='thought', output_kind='normal'), knobs.checkpoint,
-                           'answering')
+    if split:
+        thinking = make_model(ThinkingModelConfig(**shape, output_kind='thought'), knobs.checkpoint, 'thinking')
+        answering = make_model(ThinkingModelConfig(**shape, input_kind='thought', output_kind='normal'),
+                               knobs.checkpoint, 'answering')
+    else:
+        thinking = answering = make_model(ThinkingModelConfig(**shape), knobs.checkpoint)
 thinking, answering = thinking.to(world.device), answering.to(world.device)
-thought_tokens = thinking.thought_range(fixed=True)
-codes = torch.cartesian_prod(*[torch.arange(thought_tokens.start, thought_tokens.stop)] * think_len)
-codes = codes.view(n_codes, think_len).to(world.device)                                         # (n_codes, T)
-prices = torch.zeros(n_codes, device=world.device)
+models = {'thinking': thinking, 'answering': answering} if split else {'model': thinking}
+if frozen != 'none':
+    models[frozen].requires_grad_(False)
+
+# ---- codes: thoughts as one number, in base L, or L + 1 where end_thought is one of the digits ----------------------
+
+thought_tokens = thinking.thought_range(fixed)
+
+
+def number(thoughts):
+    """thoughts: (..., T). Returns the numbers (...) of these codes."""
+    place_value = base ** torch.arange(think_len - 1, -1, -1, device=world.device)
+    return ((thoughts - thought_tokens.start) * place_value).sum(-1)
+
+
+def spell(numbers):
+    """numbers: (n,). Returns the thoughts (n, T); behind the first end_thought there are only more of it."""
+    thoughts = thought_tokens.start + digits(numbers, think_len, base)
+    behind = torch.arange(think_len, device=world.device) > thinking.n_thoughts(thoughts)[:, None]
+    return thoughts.masked_fill(behind, thinking.config.end_thought)
+
+
+search_all = search and base ** think_len <= n_slots
+all_codes = torch.arange(base ** think_len if search_all else 0, device=world.device)
+all_codes = number(spell(all_codes)).unique()                                           # (C,)
+hand_made = torch.arange(input_max)
+if super_order == 'random':
+    hand_made = torch.randperm(input_max, generator=torch.Generator().manual_seed(seed))
+hand_made = thought_tokens.start + digits(hand_made, think_len, d_thought_vocab).to(world.device)   # (M, T)
+hand_made = hand_made.flip(1) if super_order == 'lsb' else hand_made
 
 # ---- optimiser and run ----------------------------------------------------------------------------------------------
 
-thinking_optimizer = make_optimizer(thinking, learning_rate, weight_decay)
-answering_optimizer = make_optimizer(answering, learning_rate_answer, weight_decay_answer)
-optimizers = [thinking_optimizer, answering_optimizer]
+optimizers = [make_optimizer(thinking, learning_rate, weight_decay)]
+if split:
+    optimizers.append(make_optimizer(answering, learning_rate_answer, weight_decay_answer))
 run = Run(knobs, world, optimizers)
+state = {'prices': torch.zeros(n_slots),        # what balanced_target asks for a code
+         'habit': torch.zeros(input_max, 0 if search or advantage != 'balanced' else n_slots),      # how often written
+         'baseline': torch.tensor(0. if clean else -math.log(input_max))}       # running mean of rewards, for reinforce
 if init_from == 'resume':
-    prices = knobs.checkpoint['prices'].to(world.device)
+    state = {name: knobs.checkpoint.get(name, x) for name, x in state.items()}
+state = {name: x.to(world.device) for name, x in state.items()}
 if n_codes < input_max:
     run.print(f'warning: {n_codes} codes cannot name {input_max} answers, accuracy can reach {n_codes / input_max:.4g}')
 
 
-def save(step, name='ckpt.pt'):
-    run.save(step, {'thinking': pack(thinking), 'answering': pack(answering)}, name, prices=prices)
+def save(step, file='ckpt.pt'):
+    run.save(step, {name: pack(model) for name, model in models.items()}, file, **state)
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def think_greedily(question):
-    """question: (n, 2). Returns the thoughts (n, T) that the thinking policy prefers."""
-    return torch.cat([thinking.think(part, think_len, temperature=0).tokens for part in question.split(4096)])
+    """question: (n, n_adds). Returns the thoughts (n, T) that the thinking policy prefers."""
+    return torch.cat([thinking.think(part, think_len, fixed=fixed, temperature=0).tokens
+                      for part in question.split(4096)])
 
 
 @torch.no_grad()
-def answer_greedily(thoughts):
-    """thoughts: (n, T). Returns the answers (n,) that the answering policy prefers."""
-    return torch.cat([answering.answer(part).argmax(-1) for part in thoughts.split(4096)])
-
-
-def accuracy(question, thoughts):
-    """Share of questions (n, 2) answered rightly after thoughts (n, T)."""
-    return (answer_greedily(thoughts) == question.sum(1) % input_max).sum().item() / len(question)
+def judge(question, thoughts):
+    """
+    What the answering policy makes of thoughts (n, T): its answers (n,), the share of questions (n, n_adds) that they
+    answer rightly, and how many bits about the answer reach it: log2(M) minus its cross-entropy, or 0, for answers that
+    are equally frequent a lower bound of their mutual information with the thoughts (Barber and Agakov 2003).
+    """
+    log_q = torch.cat([answering.answer(part).float().log_softmax(-1) for part in thoughts.split(4096)])    # (n, M)
+    answer, right = log_q.argmax(-1), question.sum(1) % input_max
+    bits = math.log2(input_max) + log_q.gather(1, right[:, None]).mean().item() / math.log(2)
+    return answer, (answer == right).sum().item() / len(question), max(0., bits)
 
 
 def evaluate(step):
     """Report on all questions, show a few, keep the best checkpoint. Returns the numbers."""
-    train, test = train_pairs[:eval_questions], heldout_pairs[:eval_questions]
+    train, test = train_set[:eval_questions], heldout_set[:eval_questions]
     train_thoughts, test_thoughts = think_greedily(train), think_greedily(test)
-    result = {'accuracy': accuracy(train, train_thoughts), 'heldout_accuracy': accuracy(test, test_thoughts),
-              'codes': len(train_thoughts.cpu().unique(dim=0))}
+    answers, heldout_accuracy, bits = judge(test, test_thoughts)
+    result = {'codes': len(number(train_thoughts).unique()), 'bits': bits}
+    if not fixed:
+        result['thoughts'] = thinking.n_thoughts(test_thoughts).float().mean().item()
+    if super:       # share of questions whose first, first two, ... thoughts are the digits
+        follow = (test_thoughts == hand_made[test.sum(1) % input_max]).cumprod(1).float().mean(0)
+        result |= {f'digits_{t}': share for t, share in enumerate(follow.tolist(), 1)}
+    result |= {'accuracy': judge(train, train_thoughts)[1], 'heldout_accuracy': heldout_accuracy}
     run.report(step, **result)
-    for question, thought, answer in zip(test[:3], test_thoughts, answer_greedily(test_thoughts[:3])):
-        end = torch.full_like(thought[:1], thinking.config.end_thought)
-        run.sample(show_tokens(torch.cat([question, thought, end, answer[None]]), thinking.config),
+    for question, thoughts, answer in zip(test[:3], test_thoughts, answers):
+        end = torch.full_like(thoughts[:1], thinking.config.end_thought)
+        thoughts = thoughts[:thinking.n_thoughts(thoughts[None])]
+        run.sample(show_tokens(torch.cat([question, thoughts, end, answer[None]]), thinking.config),
                    right=answer == question.sum() % input_max)
-    if result['heldout_accuracy'] > run.best:
-        run.best = result['heldout_accuracy']
+    if heldout_accuracy > run.best:
+        run.best = heldout_accuracy
         save(step, 'best.pt')
     return result
 
 
 def draw_language(path):
-    """Which thoughts are written for which answer, and how often, over all questions: a picture, stand-alone HTML."""
-    graph = need('plotly.graph_objects', 'to draw pictures')
-    question = torch.cat([train_pairs, heldout_pairs])
-    place_value = torch.tensor([d_thought_vocab ** t for t in range(think_len - 1, -1, -1)], device=world.device)
-    code = ((think_greedily(question) - thought_tokens.start) * place_value).sum(1)     # (M^2,) thoughts as one number
-    counts = (question.sum(1) % input_max * n_codes + code).bincount(minlength=input_max * n_codes)
-    counts = counts.view(input_max, n_codes).cpu().numpy()
-    names = [' '.join(map(str, row)) for row in (codes - thought_tokens.start).tolist()]
-    figure = graph.Figure(graph.Heatmap(
-        z=counts, x=names, y=list(range(input_max)), colorscale='Blues', colorbar_title='questions',
-        hovertemplate='answer %{y}, thoughts %{x}: %{z} questions<extra></extra>'))
-    figure.update_layout(title='The invented language', xaxis={'title': 'thoughts', 'type': 'category'},
-                         yaxis_title='answer', width=900, height=800)
+    """Which thoughts are written for which answer, and how the language grew: pictures, stand-alone HTML."""
+    graph, subplots = (need(f'plotly.{name}', 'to draw pictures') for name in ('graph_objects', 'subplots'))
+    question = torch.cat([train_set, heldout_set])[:10**5]
+    codes, column = number(think_greedily(question)).unique(return_inverse=True)
+    counts = (question.sum(1) % input_max * len(codes) + column).bincount(minlength=input_max * len(codes))
+    names = [' '.join(str(t - thought_tokens.start) for t in row if t != thinking.config.end_thought)
+             for row in spell(codes).tolist()]
+    figure = subplots.make_subplots(2, 1, row_heights=[.75, .25], vertical_spacing=.1,
+                                    specs=[[{}], [{'secondary_y': True}]])
+    figure.add_heatmap(
+        z=counts.view(input_max, -1).int().cpu().numpy(), x=names, y=list(range(input_max)), colorscale='Blues',
+        colorbar={'title': 'questions', 'len': .75, 'y': 1, 'yanchor': 'top'},
+        hovertemplate='answer %{y}, thoughts %{x}: %{z} questions<extra></extra>', row=1, col=1)
+    log = (run.folder / 'metrics.jsonl').read_text().splitlines()
+    lines = [line for line in map(json.loads, log) if 'bits' in line]
+    for name, title, colour in (('codes', 'distinct codes', 'firebrick'),
+                                ('bits', 'bits that reach the answering policy', 'teal')):
+        figure.add_scatter(x=[line['step'] for line in lines], y=[line[name] for line in lines], name=title,
+                           line_color=colour, row=2, col=1, secondary_y=name == 'bits')
+        figure.update_yaxes(title=title, color=colour, rangemode='tozero', tickmode='auto',
+                            showgrid=name == 'codes', row=2, col=1, secondary_y=name == 'bits')
+    figure.update_xaxes(title='thoughts', type='category', tickangle=90, row=1, col=1)
+    figure.update_xaxes(title='step', row=2, col=1)
+    figure.update_yaxes(title='answer', row=1, col=1)
+    figure.update_layout(title='The invented language', width=900, height=1000, showlegend=False)
     write_atomic(path, lambda temporary: figure.write_html(temporary, config={'displayModeBar': False}))
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
+
+def draw(kind, *shape):
+    """Random numbers (B, *shape) for this process: every process draws those of all, and takes its share."""
+    return world.share(kind(batch_size, *shape, generator=world.generator, device=world.device))
+
+
+def explore(question, step):
+    """question: (B, n_adds). Returns the thoughts (B, G, T) of rollouts of the thinking policy, explored."""
+    return thinking.think(
+        question, think_len, fixed=fixed, n_rollouts=group_size,
+        noise=draw(torch.rand, group_size, think_len).flatten(0, 1), temperature=temperature, top_k=top_k, top_p=top_p,
+        epsilon=epsilon * max(0, 1 - step / epsilon_steps) if epsilon_steps else epsilon,
+        bias=logit_noise * draw(torch.randn, group_size, base).flatten(0, 1) if logit_noise else 0.,
+    ).tokens.view(-1, group_size, think_len)
+
+
+def candidates(question, step):
+    """
+    Codes to choose from, (C,) numbers in ascending order: all, or those written for the whole batch, and with search as
+    many random ones. And where among them the rollouts for question (B, n_adds) are, (B, G), or None where all are.
+    """
+    if search_all:
+        return all_codes, None
+    written = number(explore(question, step))                                       # (B, G)
+    codes = world.gather(written).flatten()
+    if search:
+        more = torch.randint(base ** think_len, codes.shape, generator=world.generator, device=world.device)
+        codes = torch.cat([codes, number(spell(more))])
+    codes = codes.unique()
+    return codes, torch.searchsorted(codes, written)
+
+
+def target(rewards, codes, column, answers):
+    """
+    The log of a distribution over codes (C,) for every answer, (M, C), from the rewards (M, C) of an answer for a code.
+    column (B, G) says which codes were written for answers (B,), those of the whole batch. Changes the state.
+    """
+    if advantage != 'balanced':
+        return advantages(rewards, advantage, tau).log()
+    slot = codes % n_slots
+    if not search:      # a code is worth the probability that it is written and read
+        counts = (answers[:, None] * len(codes) + column).flatten().bincount(minlength=rewards.numel())
+        state['habit'].mul_(memory).index_add_(1, slot, counts.view(rewards.shape).float())
+        written = state['habit'][:, slot] + 1 / len(codes)                          # (M, C)
+        rewards = rewards + (written / written.sum(1, keepdim=True)).log()
+    log_target, prices = balanced_target(rewards, state['prices'][slot], tau, balance_steps)
+    state['prices'].scatter_reduce_(0, slot, prices, 'amax', include_self=False)
+    return log_target
+
 
 n_steps = run.first_step
 for step in run.steps(run.first_step, run.first_step if eval_only else max_steps):
     if step % eval_every == 0:
         save(step)
         evaluate(step)
-    schedule(thinking_optimizer, learning_rate, step, max_steps, warmup_steps)
-    schedule(answering_optimizer, learning_rate_answer, step, max_steps, warmup_steps)
+    for optimizer, rate in zip(optimizers, (learning_rate, learning_rate_answer)):
+        schedule(optimizer, rate, step, max_steps, warmup_steps)
 
     # a batch of questions; every process draws all of it and takes its share
-    rows = torch.randint(len(train_pairs), (batch_size,), generator=world.generator, device=world.device)
-    noise = world.share(torch.rand(batch_size, generator=world.generator, device=world.device))
-    question = train_pairs[world.share(rows)]                                       # (B, 2)
-    answer = question.sum(1) % input_max                                            # (B,)
+    rows = torch.randint(len(train_set), (batch_size,), generator=world.generator, device=world.device)
+    noise = draw(torch.rand)
+    all_answers = train_set[rows].sum(1) % input_max
+    question, answer = train_set[world.share(rows)], world.share(all_answers)       # (B, n_adds), (B,)
 
     with world.autocast:
-        # rewards of all codes, and the thoughts that the target draws
-        log_q = answering.answer(codes).float().log_softmax(-1).T                   # (M, n_codes) log p(answer | code)
-        log_target, prices = balanced_target(log_q.detach(), prices, tau, balance_steps)
-        code, _ = sample(log_target[answer], noise)
-        thoughts = codes[code]                                                      # (B, T)
+        # candidate codes, and what each is worth for every answer
+        numbers, column = candidates(question, step)                                # (C,), (B, G)
+        codes = spell(numbers)                                                      # (C, T)
+        log_q = answering.answer(codes).float().log_softmax(-1).T                   # (M, C) log p(answer | code)
+        rewards = (number(hand_made)[:, None] == numbers).float() if clean else log_q.detach()
 
-        thinking_loss = -thinking.thought_log_probs(question, thoughts).sum(1).mean()
-        answering_loss = -(log_target.exp() * log_q)[answer].sum(1).mean()
-    (thinking_loss + answering_loss).backward()
-    world.mean_gradients([*thinking.parameters(), *answering.parameters()])
+        # which of them the thinking policy is to write, and how much each counts
+        if search or advantage == 'balanced':   # drawn from the target of the answer
+            log_target = target(rewards, numbers, None if search else world.gather(column), all_answers)
+            chosen, weights = sample(log_target[answer], noise)[0][:, None], 1.     # (B, 1)
+            answering_loss = -(log_target.exp() * log_q).sum(1)[answer].mean()
+        else:                                   # its own rollouts, compared with the others of the group
+            chosen, group_rewards = column, rewards[answer[:, None], column]        # (B, G)
+            weights = advantages(group_rewards, advantage, tau, state['baseline'])  # (B, G)
+            state['baseline'].lerp_(world.gather(group_rewards).mean(), .1)
+            positive = weights.clamp(min=0) + 1e-9
+            answering_loss = -(positive / positive.sum(1, keepdim=True) * log_q[answer[:, None], column]).sum(1).mean()
+        if answer_on == 'written':
+            answering_loss = -log_q[answer[:, None], column].mean()
+        if super:
+            answering_loss = F.cross_entropy(answering.answer(hand_made).float()[answer], answer)
+
+        K = chosen.shape[1]
+        log_pi, entropy = (x.sum(1).view(-1, K) for x in thinking.thought_log_probs(
+            question.repeat_interleave(K, dim=0), codes[chosen].flatten(0, 1), fixed, entropy=True))    # (B, K)
+        thinking_loss = -(weights * log_pi).sum(1).mean()
+    (thinking_loss - entropy_weight * entropy.mean() + answering_loss).backward()
+    world.mean_gradients([parameter for model in models.values() for parameter in model.parameters()])
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
 
     if step % log_every == 0:
         run.log(step, thinking_loss=thinking_loss.item(), answering_loss=answering_loss.item(),
-                target_codes=len(log_target.argmax(1).unique()), highest_price=prices.max().item())
+                entropy=entropy.mean().item(), chosen_codes=len(chosen.unique()),
+                highest_price=state['prices'].max().item())
     n_steps = step + 1
 
 # ---- the last line --------------------------------------------------------------------------------------------------
 
 save(n_steps)
 result = evaluate(n_steps)
-test = heldout_pairs[:eval_questions]
-thoughts = think_greedily(test)
-ablation = {name: accuracy(test, replaced) for name, replaced in ablations(thoughts, thought_tokens).items()}
+test = heldout_set[:eval_questions]
+ablation = {name: judge(test, thoughts)[1]
+            for name, thoughts in ablations(think_greedily(test), thought_tokens).items()}
 if plot and run.writes:
     draw_language(run.folder / 'language.html')
 run.finish(steps=n_steps, **result, ablation=ablation)

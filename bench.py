@@ -4,34 +4,107 @@ Every number in the README: this script measures it, keeps the raw results in as
     python bench.py                                 # all runs of the first table that belong on this machine
     python bench.py --only=digits --seeds=3         # those of one row
     python bench.py --suite=ablation --seeds=3      # another table
+    python bench.py --suite=variants --parallel=12  # twelve runs at once: quicker in all, each of them slower
     python bench.py --suite=tables                  # no runs: the README's tables from assets/results/
 
 A result file names the command, the hardware, the version of torch and the commit (null where git is not at hand), and
 holds the last line of every run. A row is measured on a CPU or on a GPU, whichever it belongs on.
 """
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
 import torch
 
+from model import unpack
 from utils import device_name, fail, git_commit, read_knobs, write_atomic
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
-suite = 'learning'              # 'learning' | 'ablation' | 'tables'
-only = ''                       # name of one row; empty: all
+suite = 'learning'              # 'learning' | 'ablation' | 'variants' | 'thousand' | 'lengths' | 'origin' | 'tables'
+only = ''                       # names of rows, with commas between; empty: all
 seeds = 5                       # runs of each row, with seeds 0, 1, ...
+parallel = 1                    # runs at once
 
 knobs = read_knobs(__file__, globals())
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
 DIGITS = '--encoding=digits --input_max=1000 --max_steps=1000'
+EXPLORE = '--epsilon=.2 --epsilon_steps=500 --entropy_weight=.01'
+ENTROPY = '--entropy_weight=.03'
+LARGE = f'--group_size=32 {ENTROPY}'
+SMALL = '--input_max=64 --d_thought_vocab=8 --d_model=64 --n_head=16 --group_size=4 --max_steps=1000 --eval_every=50'
+THOUSAND = ('--input_max=1000 --think_len=3 --batch_size=8192 --d_model=256 --n_head=64 --weight_decay=1 '
+            '--learning_rate=2e-3 --log_every=50')
+LENGTHS = '--search=False --input_max=64 --d_model=64 --n_head=16 --group_size=4 --max_steps=300 --eval_every=300'
+FORMING = '--d_thought_vocab=100 --think_len=1 --max_steps=200 --eval_every=200'
+VARIANTS = {    # row: (knobs, why it learns or does not)
+    'search': ('', 'the main job at this size: all codes are scored'),
+    'sampled': ('--search=False', 'only codes that the thinking policy wrote'),
+    'forgetful': ('--search=False --memory=0',
+                  'the same without counts of earlier steps: a batch says too little about what is written'),
+    'written': ('--search=False --answer_on=written',
+                'the answering policy trains on all that is written: its preferences average out before they grow'),
+    'variable': ('--fixed=False', 'up to two thoughts, end_thought ends them'),
+    'variable-sampled': ('--search=False --fixed=False', 'the same, sampled'),
+    'one-model': ('--split=False', 'one network is both policies'),
+    'frozen-answering': ('--frozen=answering',
+                         'an untrained answering policy hardly tells codes apart, so targets stay soft'),
+    'frozen-thinking': ('--frozen=thinking --search=False --answer_on=written',
+                        'untrained thoughts say nothing about the sum'),
+    'three-numbers': ('--n_adds=3', 'a + b + c, 262,144 questions: not in 1000 steps'),
+    'softmax': ('--advantage=softmax', 'no prices: some answers share codes, and do not part again'),
+    'best': ('--advantage=best', 'the same, sharper, and worse: more answers share'),
+    'sampled-softmax': ('--search=False --advantage=softmax', 'own rollouts, no prices: a few codes take all answers'),
+    'sampled-best': ('--search=False --advantage=best', 'the same by best of the group'),
+    'reinforce': ('--search=False --advantage=reinforce', 'rewards differ little between codes: falls to one code'),
+    'grpo': ('--search=False --advantage=grpo',
+             'the same: the group mean removes difficulty, but there is no meaning to be found yet'),
+    'rloo': ('--search=False --advantage=rloo', 'the same: it is dr_grpo times G/(G-1), which Adam does not see'),
+    'dr_grpo': ('--search=False --advantage=dr_grpo', 'the same'),
+    'grpo-written': ('--search=False --advantage=grpo --answer_on=written',
+                     'on-policy for both, the usual set-up: the same'),
+    'grpo-explore': (f'--search=False --advantage=grpo {EXPLORE}', 'the same with exploration and an entropy bonus'),
+    'grpo-32': (f'--search=False --advantage=grpo {LARGE}', 'the same with large groups and an entropy bonus'),
+    'super': ('--super=True', 'the answering policy is taught digits: modular addition is all there is to learn'),
+    'super-lsb': ('--super=True --super_order=lsb', 'lowest digit first'),
+    'super-random': ('--super=True --super_order=random', 'a random code is hardly harder to learn than digits'),
+    'super-sampled': ('--super=True --search=False', 'taught digits, own codes'),
+    'super-softmax': ('--super=True --search=False --advantage=softmax',
+                      'own rollouts: few are right at first, and the least bad of the others are learned as well'),
+    'super-best': ('--super=True --search=False --advantage=best', 'the same by best of the group'),
+    'super-reinforce': ('--super=True --search=False --advantage=reinforce', 'falls to one code, taught or not'),
+    'super-grpo': ('--super=True --search=False --advantage=grpo', 'the same'),
+    'super-explore': (f'--super=True --search=False --advantage=grpo {EXPLORE}', 'the same, explored'),
+    'super-grpo-32': (f'--super=True --search=False --advantage=grpo {LARGE}',
+                      'large groups: one wrong code is still better paid than another'),
+    'super-clean': ('--super=True --clean=True --search=False --advantage=clean',
+                    'paid 1 for the right digits, else 0: of 2048 rollouts of a step, 32 are right at first'),
+    'super-clean-explore': (f'--super=True --clean=True --search=False --advantage=clean {EXPLORE}',
+                            'with exploration: fewer codes still'),
+    'super-clean-grpo': (f'--super=True --clean=True --search=False --advantage=grpo {EXPLORE}',
+                         'by grpo, explored'),
+    'super-clean-grpo-entropy': (f'--super=True --clean=True --search=False --advantage=grpo {ENTROPY}',
+                                 'by grpo, with an entropy bonus only'),
+    'super-clean-grpo-32': (f'--super=True --clean=True --search=False --advantage=grpo {LARGE}',
+                            'large groups: 256 are right at first, enough to learn from'),
+    'batch-64': ('--batch_size=64', 'a small batch, as many steps: never leaves chance'),
+    'batch-128': ('--batch_size=128', 'starts to learn'),
+    'decay-.01': ('--weight_decay=.01', 'tiny weight decay: the language is agreed on, questions are learned by heart'),
+    'decay-1': ('--weight_decay=1', 'the same, a little less'),
+}
 SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     'learning': {
         'blind': ('cpu', 'add_think_blind', '', 'two thoughts of ten tokens'),
         'blind-one': ('cpu', 'add_think_blind', '--d_thought_vocab=100 --think_len=1', 'one of a hundred tokens'),
+        'sampled': ('cpu', 'add_think_blind', '--search=False', 'only codes that the thinking policy wrote'),
+        'sampled-one': ('cpu', 'add_think_blind', '--search=False --d_thought_vocab=100 --think_len=1',
+                        'the same, one of a hundred tokens'),
+        'super-500': ('cpu', 'add_think_blind', '--super=True --input_max=500 --think_len=3 --batch_size=2048 '
+                      '--weight_decay=2 --max_steps=3000 --eval_every=500', '500 numbers, taught the digits'),
         'blind-few': ('cpu', 'add_think_blind', '--d_thought_vocab=9', '81 codes for 100 answers: at best .81'),
         'normal': ('cpu', 'add_normal', '', 'the control: no thoughts'),
         'digits': ('cpu', 'add_normal', DIGITS, 'text, highest digit first'),
@@ -47,28 +120,104 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
         'decay': ('cuda', 'add_think_blind', '--max_steps=1000 --weight_decay=0', 'no weight decay'),
         'heads': ('cuda', 'add_think_blind', '--max_steps=1000 --n_head=4', '4 heads of 32, not 32 of 4'),
     },
+    'variants': {row: ('cpu', 'add_think_blind', f'{SMALL} {knobs}'.strip(), why)
+                 for row, (knobs, why) in VARIANTS.items()},
+    'thousand': {
+        'super-msb': ('cuda', 'add_think_blind', f'{THOUSAND} --max_steps=6000 --super=True',
+                      'taught digits, highest first'),
+        'super-lsb': ('cuda', 'add_think_blind', f'{THOUSAND} --max_steps=6000 --super=True --super_order=lsb',
+                      'taught digits, lowest first'),
+        'invented': ('cuda', 'add_think_blind', f'{THOUSAND} --max_steps=6000', 'their own language'),
+        'invented-3000': ('cuda', 'add_think_blind', f'{THOUSAND} --max_steps=3000', 'the same, half the steps'),
+        'sampled': ('cuda', 'add_think_blind', f'{THOUSAND} --max_steps=3000 --search=False --group_size=4',
+                    'only codes that the thinking policy wrote'),
+    },
+    'lengths': {
+        'fixed-2': ('cpu', 'add_think_blind', f'{LENGTHS} --d_thought_vocab=8 --think_len=2', 'two'),
+        'to-2': ('cpu', 'add_think_blind', f'{LENGTHS} --d_thought_vocab=8 --think_len=2 --fixed=False', 'up to two'),
+        'fixed-5': ('cpu', 'add_think_blind', f'{LENGTHS} --d_thought_vocab=3 --think_len=5', 'five'),
+        'to-6': ('cpu', 'add_think_blind', f'{LENGTHS} --d_thought_vocab=3 --think_len=6 --fixed=False', 'up to six'),
+    },
+    'origin': {
+        'search': ('cpu', 'add_think_blind', FORMING, ''),
+        'sampled': ('cpu', 'add_think_blind', f'{FORMING} --search=False', ''),
+    },
 }
+COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING}    # of all rows
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
 
 
-def measure(suite, row):
-    """Run a row's command with every seed; write assets/results/<suite>-<row>.json."""
+def run(suite, row, seed, folder, *more):
+    """Run a row's command with a seed in out/bench/<suite>-<row>/<folder>. Returns that folder and the last line."""
     device, script, arguments, _ = SUITES[suite][row]
-    command = f'python {script}.py {arguments}'.strip()
-    result = {'command': command, 'hardware': device_name(device), 'torch': torch.__version__, 'commit': git_commit(),
-              'runs': []}
-    for seed in range(seeds):
-        print(f'{command} --seed={seed}', flush=True)
-        run = subprocess.run([sys.executable, ROOT / f'{script}.py', *arguments.split(), f'--seed={seed}',
-                              f'--device={device}', f'--out_dir=out/bench/{suite}-{row}/{seed}'],
-                             stdout=subprocess.PIPE, text=True)
-        if run.returncode:
-            fail(f'{command} --seed={seed} ended with exit code {run.returncode}')
-        result['runs'].append(json.loads(run.stdout.splitlines()[-1]))
-        print(json.dumps(result['runs'][-1]), flush=True)
+    folder = ROOT / f'out/bench/{suite}-{row}/{folder}'
+    threads = {'OMP_NUM_THREADS': str(max(1, os.cpu_count() // parallel))}
+    run = subprocess.run([sys.executable, f'{script}.py', *arguments.split(), f'--seed={seed}', f'--device={device}',
+                          f'--out_dir={folder}', *more], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                         env=os.environ | threads)
+    if run.returncode:
+        raise ChildProcessError(f'{script}.py {arguments} --seed={seed} ended with exit code {run.returncode}')
+    return folder, json.loads(run.stdout.splitlines()[-1])
+
+
+def learn(suite, row, seed):
+    """The last line of a run, and the step at which 99% of held-out questions were first right."""
+    folder, result = run(suite, row, seed, seed)
+    log = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
+    result['step_of_99'] = next((line['step'] for line in log if line.get('heldout_accuracy', 0) >= .99), None)
+    print(f'{row} {json.dumps(result)}', flush=True)
+    return result
+
+
+def origin(suite, row, seed):
+    """
+    Whose language is it? The share of codes that mean the same answer to the answering policy when one thing about a
+    run is another: questions and noise, the thinking policy it begins with, or the answering policy (all after one step
+    of warm-up).
+    """
+    def train(*how):
+        folder, _ = run(suite, row, *how)
+        return torch.load(folder / 'ckpt.pt', weights_only=True)
+
+    def meanings(checkpoint):
+        answering = unpack(checkpoint['models']['answering'])
+        return answering.answer(answering.config.d_normal_vocab + torch.arange(100)[:, None]).argmax(-1)
+
+    begun = [train(s, f'{seed}-begun-{s}', '--max_steps=1') for s in (seed, seed + 100)]
+    found = {}
+    for name, thinking, answering, noise in (('same', 0, 0, 0), ('noise', 0, 0, 1), ('thinking', 1, 0, 0),
+                                             ('answering', 0, 1, 0)):
+        start = begun[noise] | {'models': {'thinking': begun[thinking]['models']['thinking'],
+                                           'answering': begun[answering]['models']['answering']}}
+        path = ROOT / f'out/bench/{suite}-{row}/{seed}-{name}.pt'
+        torch.save(start, path)
+        found[name] = meanings(train(seed + 100 * noise, f'{seed}-{name}', f'--init_from={path}'))
+    result = {name: (meaning == found['same']).float().mean().item() for name, meaning in found.items()}
+    print(row, json.dumps(result), flush=True)
+    return result
+
+
+def measure(suite, rows):
+    """Run rows with every seed, `parallel` runs at once; write assets/results/<suite>-<row>.json for each."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_atomic(RESULTS / f'{suite}-{row}.json', lambda path: path.write_text(json.dumps(result, indent=1) + '\n'))
+    failed, commit = [], git_commit()
+    with ThreadPoolExecutor(parallel) as pool:
+        one = origin if suite == 'origin' else learn
+        runs = {row: [pool.submit(one, suite, row, seed) for seed in range(seeds)] for row in rows}
+        for row in rows:
+            device, script, arguments, _ = SUITES[suite][row]
+            result = {'command': f'python {script}.py {arguments}'.strip(), 'hardware': device_name(device),
+                      'torch': torch.__version__, 'commit': commit, 'parallel': parallel}
+            try:
+                result['runs'] = [future.result() for future in runs[row]]
+            except ChildProcessError as error:
+                failed.append(str(error))
+                continue
+            write_atomic(RESULTS / f'{suite}-{row}.json',
+                         lambda path, result=result: path.write_text(json.dumps(result, indent=1) + '\n'))
+    if failed:
+        fail('; '.join(failed))
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -81,6 +230,13 @@ def spread(values, n_digits):
 
 def columns(suite, runs):
     """What a suite's table says of the runs of a row: {heading: text}."""
+    if suite == 'origin':
+        return {f'another {name}': spread([run[key] for run in runs], 2) for key, name in (
+            ('noise', 'draw of questions and noise'), ('thinking', 'thinking policy'),
+            ('answering', 'answering policy'))}
+    if suite == 'lengths':
+        return {'thoughts': spread([run.get('thoughts', run['changed'].get('think_len', 2)) for run in runs], 1),
+                'seconds': spread([run['seconds'] for run in runs], 1)}
     said = {'training': spread([run['accuracy'] for run in runs], 4),
             'held out': spread([run['heldout_accuracy'] for run in runs], 4)}
     if suite == 'learning':
@@ -90,21 +246,36 @@ def columns(suite, runs):
         said['seconds'] = spread([run['seconds'] for run in runs], 0)
     if suite == 'ablation':
         said['codes written'] = spread([run['codes'] for run in runs], 0)
+    if suite == 'thousand':
+        said['steps'] = spread([run['steps'] for run in runs], 0)
+    if suite in ('variants', 'thousand'):
+        reached = [run['step_of_99'] for run in runs if run['step_of_99']]
+        said |= {'codes written': spread([run['codes'] for run in runs], 0),
+                 'bits': spread([run['bits'] for run in runs], 1),
+                 'step of .99': f'{spread(reached, 0)}, {len(reached)} of {len(runs)}' if reached else 'never',
+                 'seconds': spread([run['seconds'] for run in runs], 0)}
     return said
 
 
 def table(suite):
-    """A suite's table in Markdown, from the result files there are."""
-    lines = []
+    """A suite's table in Markdown, from the result files there are. What all rows have in common is said above it."""
+    rows, said, common = [], [], f'python add_think_blind.py {COMMON.get(suite, "")}'
     for row, (_, _, _, what) in SUITES[suite].items():
         if (path := RESULTS / f'{suite}-{row}.json').exists():
             result = json.loads(path.read_text())
-            cells = {'command': f'`{result["command"]}`', '': what, **columns(suite, result['runs']),
-                     'seeds': str(len(result['runs'])), 'on': f'{result["hardware"]}, torch {result["torch"]}'}
-            if not lines:
-                lines = [cells, ['---'] * len(cells)]
-            lines.append(cells.values())
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+            at_once = f', {result["parallel"]} at once' if result.get('parallel', 1) > 1 else ''
+            command = result['command'].replace(common, '…') if suite in COMMON else result['command']
+            rows.append({'command': f'`{command}`', '': what,
+                         **columns(suite, result['runs']), 'seeds': str(len(result['runs'])),
+                         'on': f'{result["hardware"]}, torch {result["torch"]}{at_once}'})
+    if not rows:
+        return ''
+    if suite in COMMON:
+        said.append(f'`…` is `{common}`.')
+    if len({row['on'] for row in rows}) == 1:
+        said.append(f'All on {[row.pop("on") for row in rows][0]}.')
+    lines = [rows[0], ['---'] * len(rows[0]), *(row.values() for row in rows)]
+    return ''.join(f'{line}\n\n' for line in said) + '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def write_tables():
@@ -120,13 +291,15 @@ def write_tables():
 
 # ---- run ------------------------------------------------------------------------------------------------------------
 if suite != 'tables':
-    if only and only not in SUITES[suite]:
-        fail(f'--only={only} must be one of {", ".join(SUITES[suite])}')
+    for row in only.split(',') if only else ():
+        if row not in SUITES[suite]:
+            fail(f'--only={row} must be one of {", ".join(SUITES[suite])}')
     here = 'cuda' if torch.cuda.is_available() else 'cpu'
-    rows = [row for row, (device, *_) in SUITES[suite].items() if row == only or not only and device == here]
+    rows = only.split(',') if only else [row for row, (device, *_) in SUITES[suite].items() if device == here]
+    if here == 'cpu' and (wrong := [row for row in rows if SUITES[suite][row][0] == 'cuda']):
+        fail(f'{", ".join(wrong)} of the {suite} suite must be measured on a GPU')
     if not rows:
         fail(f'no row of the {suite} suite belongs on a machine with {here}')
-    for row in rows:
-        measure(suite, row)
+    measure(suite, rows)
     print(table(suite))
 write_tables()

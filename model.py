@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from utils import need, sample
 
-# on a CPU, up to this many keys, the explicit form of attention has the faster backward pass
+# up to this many keys, explicit forms of attention are faster: backward passes on a CPU, everything on a GPU
 TINY = 8
 
 
@@ -133,14 +133,15 @@ def attention(q, k, v):
     Causal attention of q (B, H, Sq, D), the last Sq of the Sk positions, to k and v (B, H, Sk, D). Returns q's shape.
     """
     n_query, n_key = q.shape[2], k.shape[2]
-    if n_query == 1:
-        return F.scaled_dot_product_attention(q, k, v)
-    tiny = n_key <= TINY and q.requires_grad and q.device.type == 'cpu'
-    if n_query == n_key and not tiny:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    tiny = n_key <= TINY and (q.is_cuda or q.requires_grad and n_query > 1)
+    if not tiny and n_query in (1, n_key):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=n_query > 1)
     mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)      # (Sq, Sk) may see
     if not tiny:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if q.is_cuda:       # which multiplies thousands of tiny matrices faster number by number
+        scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) * q.shape[-1] ** -.5                    # (B, H, Sq, Sk)
+        return (scores.masked_fill(~mask, -torch.inf).softmax(-1)[..., None] * v[:, :, None]).sum(3).to(v.dtype)
     scores = (q @ k.transpose(-2, -1) * q.shape[-1] ** -.5).masked_fill(~mask, -torch.inf)           # (B, H, Sq, Sk)
     return scores.softmax(-1) @ v
 
@@ -250,14 +251,13 @@ class GPT2(nn.Module):
         return slice(among.start - writes.start, among.stop - writes.start)
 
     @torch.no_grad()
-    def generate(self, prompt, n_new, *, n_rollouts=1, among=None, stop=None, temperature=1., top_k=0, top_p=1.,
-                 noise=None, use_cache=True):
+    def generate(self, prompt, n_new, *, n_rollouts=1, among=None, stop=None, noise=None, use_cache=True, **how):
         """
         Continue each prompt by n_new tokens, n_rollouts times. The prompt is read once for all its rollouts.
 
         prompt: (B, S) tokens, S >= 1. Rows of the result: N = B * n_rollouts, those of one prompt side by side.
         among: range of tokens to choose from. stop: token after which a row is done.
-        temperature (0: greedy), top_k (0: off), top_p (1: off): see utils.sample.
+        how: temperature, top_k, top_p, epsilon and bias (N, tokens to choose from), see utils.sample.
         noise: (N, n_new) uniform in [0, 1), one number decides one token; drawn here when None.
         use_cache=False reads everything again for each token: the slow reference.
         Returns a Rollout.
@@ -284,7 +284,7 @@ class GPT2(nn.Module):
             end = prompt.shape[1] + t
             state = self.hidden(sequence[:, n_read:end], cache)[:, -1]      # (N, d_model)
             n_read = end if use_cache else 0
-            token, log_prob = sample(self.lm_head(state)[:, columns], noise[:, t], temperature, top_k, top_p)
+            token, log_prob = sample(self.lm_head(state)[:, columns], noise[:, t], **how)
             token = token + among.start                                     # (N,)
             if stop is not None:
                 token, log_prob = torch.where(alive, token, stop), torch.where(alive, log_prob, 0.)
@@ -295,15 +295,17 @@ class GPT2(nn.Module):
                     break
         return Rollout(sequence[:, prompt.shape[1]:], log_probs, mask)
 
-    def log_probs(self, prompt, tokens, among=None):
+    def log_probs(self, prompt, tokens, among=None, entropy=False):
         """
         Log-probabilities (N, T), with gradient, of tokens (N, T) chosen among a range after prompt (N, S): at
-        temperature 1 and of the whole range, whatever the tokens were sampled with.
+        temperature 1 and of the whole range, whatever the tokens were sampled with. entropy: return as well the
+        entropy (N, T), in nats, of each choice.
         """
         among = among or self.config.writes
         states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1))[:, prompt.shape[1] - 1:]      # (N, T, d_model)
         log_p = self.lm_head(states)[..., self.columns(among)].float().log_softmax(-1)                  # (N, T, tokens)
-        return log_p.gather(-1, (tokens - among.start)[..., None])[..., 0]
+        chosen = log_p.gather(-1, (tokens - among.start)[..., None])[..., 0]
+        return (chosen, -(log_p.exp() * log_p).sum(-1)) if entropy else chosen
 
     # ---- weights from and to Hugging Face
 
@@ -365,17 +367,26 @@ class GPT2Thinking(GPT2):
         return self.generate(question, think_len, among=self.thought_range(fixed),
                              stop=None if fixed else self.config.end_thought, **how)
 
-    def thought_log_probs(self, question, thoughts, fixed=True):
-        """Log-probabilities (N, T), with gradient, of thoughts (N, T) after questions (N, S)."""
-        return self.log_probs(question, thoughts, self.thought_range(fixed))
+    def n_thoughts(self, thoughts):
+        """How many thoughts (N,) stand before the first end_thought in each row of thoughts (N, T)."""
+        return (thoughts != self.config.end_thought).cumprod(1).sum(1)
+
+    def thought_log_probs(self, question, thoughts, fixed=True, entropy=False):
+        """
+        Log-probabilities (N, T), with gradient, of thoughts (N, T) after questions (N, S), and if asked for the
+        entropies (N, T); both are 0 behind a row's end_thought.
+        """
+        both = self.log_probs(question, thoughts, self.thought_range(fixed), entropy=True)
+        chosen = torch.arange(thoughts.shape[1], device=thoughts.device) <= self.n_thoughts(thoughts)[:, None]  # (N, T)
+        log_probs, entropies = (torch.where(chosen, x, 0.) for x in both)
+        return (log_probs, entropies) if entropy else log_probs
 
     def answer(self, thoughts, question=None):
         """
         Logits (N, d_normal_vocab) of the answer, read at the end_thought that closes each row: at the first one in
         thoughts (N, T), T >= 0, or behind them. question: (N, S), what the policy sees before them; None: blind.
         """
-        end = self.config.end_thought
-        position = (thoughts != end).cumprod(1).sum(1)                      # (N,) thoughts before the first end_thought
+        end, position = self.config.end_thought, self.n_thoughts(thoughts)              # (N,)
         sequence = F.pad(thoughts, (0, 1), value=end)                       # (N, T + 1)
         if question is not None:
             sequence, position = torch.cat([question, sequence], dim=1), position + question.shape[1]

@@ -1,6 +1,6 @@
 """
-What every script shares, and nothing else: knobs, processes, the run directory with its checkpoints and logs, tasks,
-optimiser and schedule, balanced targets, sampling, ablations, colours.
+What scripts share, and nothing else: knobs, processes, the run directory with its checkpoints and logs, tasks,
+optimiser and schedule, sampling, advantages, balanced targets, ablations, colours.
 """
 import ast
 import contextlib
@@ -59,17 +59,18 @@ def need(package, purpose):
 
 LIMITS = {  # smallest and largest value of a knob; the others may be anything from 0 to 2**31 - 1
     'input_max': (2, 2**31 - 1),
-    **dict.fromkeys(('max_steps', 'eval_every', 'eval_questions', 'log_every', 'seeds'), (1, 2**31 - 1)),
-    **dict.fromkeys(('batch_size', 'd_thought_vocab', 'd_model'), (1, 2**20)),
-    **dict.fromkeys(('think_len', 'n_layer', 'n_head'), (1, 2**12)),
+    **dict.fromkeys(('max_steps', 'eval_every', 'eval_questions', 'log_every', 'seeds', 'parallel'), (1, 2**31 - 1)),
+    **dict.fromkeys(('batch_size', 'group_size', 'd_thought_vocab', 'd_model'), (1, 2**20)),
+    **dict.fromkeys(('think_len', 'n_layer', 'n_head', 'n_adds'), (1, 2**12)),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
-    'heldout': (0, .99),
+    **dict.fromkeys(('epsilon', 'memory'), (0, 1)),
+    'heldout': (0, .99), 'temperature': (1e-3, 1e3), 'top_p': (1e-6, 1),
 }
 # knobs that may differ when a run is resumed; they do not name its folder either
 FREE = ('init_from', 'eval_only', 'out_dir', 'max_steps', 'max_seconds', 'eval_every', 'log_every', 'wandb_mode',
         'plot')
 # knobs that decide which questions are held out; they stay what they were when a script's own checkpoint is used
-SPLIT = ('seed', 'heldout', 'input_min', 'input_max')
+SPLIT = ('seed', 'heldout', 'input_min', 'input_max', 'n_adds')
 
 
 class Knobs(dict):
@@ -188,6 +189,7 @@ class World:
             dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
         bfloat16 = knobs.get('dtype', 'float32') == 'bfloat16'
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+        torch.set_num_threads(torch.get_num_threads())      # this makes torch stop MKL from varying its own
         torch.manual_seed(knobs['seed'])
         # questions and noise are drawn from here, alike in all processes
         self.generator = torch.Generator(self.device).manual_seed(knobs['seed'])
@@ -195,6 +197,15 @@ class World:
     def share(self, x):
         """This process's rows of a tensor of the whole batch."""
         return x.chunk(self.size)[self.rank] if self.size > 1 else x
+
+    def gather(self, x):
+        """The tensor of the whole batch from every process's rows."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
 
     def mean_gradients(self, parameters):
         """Average gradients over processes, in place."""
@@ -405,21 +416,29 @@ def device_name(kind):
 
 # ---- tasks ----------------------------------------------------------------------------------------------------------
 
-def addition_pairs(input_min, input_max, heldout, seed, n_max=10**6):
+def addition_questions(input_min, input_max, heldout, seed, n_adds=2, n_max=10**6):
     """
-    Pairs (a, b) of input_min..input_max-1 in two parts by chance: training, and the fraction `heldout` held out. All
-    pairs, or where there are more n_max of them, drawn by chance, none twice.
-    Returns two tensors (n, 2) in random order, neither empty.
+    Rows (a, b, ...) of n_adds numbers of input_min..input_max-1 in two parts by chance: training, and the fraction
+    `heldout` held out. All rows, or where there are more n_max of them, drawn by chance, none twice.
+    Returns two tensors (n, n_adds) in random order, neither empty. Raises ValueError for more than 2^62 rows.
     """
     generator = torch.Generator().manual_seed(seed)
     n_numbers = input_max - input_min
-    index = torch.arange(n_numbers**2 if n_numbers**2 <= n_max else 0)
-    while len(index) < min(n_max, n_numbers**2):
-        index = torch.cat([index, torch.randint(n_numbers**2, (n_max,), generator=generator)]).unique()
+    n_rows = n_numbers ** n_adds
+    if n_rows > 2**62:
+        raise ValueError(f'{n_adds} numbers of {n_numbers} make over 2^62 questions, too many to number')
+    index = torch.arange(n_rows if n_rows <= n_max else 0)
+    while len(index) < min(n_max, n_rows):
+        index = torch.cat([index, torch.randint(n_rows, (n_max,), generator=generator)]).unique()
     index = index[torch.randperm(len(index), generator=generator)[:n_max]]
-    pairs = input_min + torch.stack([index // n_numbers, index % n_numbers], dim=1)
-    n_heldout = min(max(1, round(heldout * len(pairs))), len(pairs) - 1)
-    return pairs[n_heldout:], pairs[:n_heldout]
+    rows = input_min + digits(index, n_adds, n_numbers)
+    n_heldout = min(max(1, round(heldout * len(rows))), len(rows) - 1)
+    return rows[n_heldout:], rows[:n_heldout]
+
+
+def digits(numbers, width, base=10):
+    """The digits (n, width) of numbers (n,), highest first, padded with zeros."""
+    return numbers[:, None] // base ** torch.arange(width - 1, -1, -1, device=numbers.device) % base
 
 
 # ---- optimiser and schedule -----------------------------------------------------------------------------------------
@@ -441,19 +460,20 @@ def schedule(optimizer, learning_rate, step, max_steps, warmup_steps):
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
-def sample(logits, noise, temperature=1., top_k=0, top_p=1.):
+def sample(logits, noise, temperature=1., top_k=0, top_p=1., epsilon=0., bias=0.):
     """
     Draw one token per row by inverting the distribution function at a uniform number, so that whoever draws the noise
     decides the token, whatever the batch or the number of processes.
 
     logits: (N, V). noise: (N,) in [0, 1). temperature: 0 takes the most likely token. top_k: keep the k most likely
     (0: all). top_p: keep the fewest that together have this probability (Holtzman et al. 2019, nucleus sampling).
+    epsilon: share of draws that are uniform over V. bias: added to the logits, (N, V).
     Returns tokens (N,) and their log-probabilities (N,) in the distribution they were drawn from; greedy tokens get
     theirs at temperature 1. Raises ValueError for settings that define no distribution.
     """
-    if temperature != 0 and temperature < 1e-3 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f'cannot sample with temperature={temperature}, top_k={top_k}, top_p={top_p}')
-    logits = logits.float()
+    if temperature != 0 and temperature < 1e-3 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= epsilon <= 1:
+        raise ValueError(f'cannot sample with {temperature=}, {top_k=}, {top_p=}, {epsilon=}')
+    logits = logits.float() + bias
     if temperature == 0:
         log_p = logits.log_softmax(-1)
         token = log_p.argmax(-1)
@@ -466,10 +486,38 @@ def sample(logits, noise, temperature=1., top_k=0, top_p=1.):
         before = ordered.cumsum(-1) - ordered       # probability of the more likely ones
         logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), -torch.inf)
     log_p = logits.log_softmax(-1)
+    if epsilon:
+        log_p = ((1 - epsilon) * log_p.exp() + epsilon / log_p.shape[-1]).log()
     below = log_p.exp().cumsum(-1)                                              # (N, V) distribution function
     target = noise[:, None] * below[:, -1:] * (1 - 2**-22)                      # strictly below its last value
     token = (below <= target).sum(-1)
     return token, log_p.gather(-1, token[:, None])[:, 0]
+
+
+# ---- advantages -----------------------------------------------------------------------------------------------------
+
+def advantages(rewards, kind, tau=1., baseline=0.):
+    """
+    How much each rollout of a group counts: the loss is -sum of weight * log-probability over the group.
+
+    rewards: (N, G). kind:
+    'clean'      the reward itself
+    'reinforce'  reward - baseline (Williams 1992)
+    'dr_grpo'    reward - group mean (Liu et al. 2025)
+    'rloo'       reward - mean of the others of the group (Ahmadian et al. 2024)
+    'grpo'       (reward - group mean) / group standard deviation (Shao et al. 2024)
+    'softmax'    softmax(reward / tau) over the group, advantage-weighted regression (Peng et al. 2019)
+    'best'       1 for the best of the group, its limit for small tau
+    The first five are divided by G, so that they are a mean over the group. Returns weights (N, G).
+    """
+    G = rewards.shape[1]
+    if kind == 'softmax':
+        return (rewards / tau).softmax(1)
+    if kind == 'best':
+        return torch.zeros_like(rewards).scatter(1, rewards.argmax(1, keepdim=True), 1.)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return {'clean': rewards, 'reinforce': rewards - baseline, 'dr_grpo': centred, 'rloo': centred * G / max(1, G - 1),
+            'grpo': centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-6)}[kind] / G
 
 
 # ---- balanced targets -----------------------------------------------------------------------------------------------

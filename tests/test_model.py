@@ -142,8 +142,21 @@ def test_sampled_log_probs_equal_those_of_one_forward_pass(fixed):
     question = tokens_for(model, 20, 3)
     rollout = model.think(question, 6, fixed=fixed)
     again = model.thought_log_probs(question, rollout.tokens, fixed=fixed)
-    torch.testing.assert_close(rollout.log_probs, again.detach() * rollout.mask, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.log_probs, again.detach(), atol=1e-5, rtol=0)
     assert again.requires_grad
+    assert torch.equal(model.n_thoughts(rollout.tokens), (rollout.mask & (rollout.tokens != 26)).sum(1))
+
+
+def test_entropy_of_thoughts_is_that_of_each_choice():
+    model = small_thinker()
+    question = tokens_for(model, 4, 3)
+    thoughts = torch.tensor([[20, 21], [22, 26], [26, 26], [25, 25]])      # 26 is end_thought
+    log_probs, entropy = model.thought_log_probs(question, thoughts, fixed=False, entropy=True)
+    assert torch.equal(log_probs, model.thought_log_probs(question, thoughts, fixed=False))
+    p = model(torch.cat([question, thoughts[:, :1]], dim=1))[:, 2:, 20:].softmax(-1)       # (4, 2, 7)
+    expected = torch.distributions.Categorical(p).entropy()
+    expected[2, 1] = 0      # behind the end
+    torch.testing.assert_close(entropy, expected)
 
 
 def test_fixed_thoughts_hold_no_end_and_variable_ones_end_once():

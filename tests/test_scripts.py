@@ -1,5 +1,6 @@
 """The scripts as users run them: every one with tiny knobs, interrupted, by two processes, with bad input."""
 import json
+import math
 import os
 import random
 import shutil
@@ -12,8 +13,19 @@ import pytest
 import torch
 from conftest import ROOT, TINY, metrics, run, start
 
+from model import unpack
+from utils import addition_questions
+
 SCRIPTS = list(TINY)
 THINKING = [script for script in SCRIPTS if script != 'add_normal']
+VARIANTS = {    # of add_think_blind: what else must be resumed, and shared by processes
+    'sampled': ['--search=False', '--group_size=4', '--think_len=2'],
+    'reinforce': ['--search=False', '--advantage=reinforce', '--group_size=4', '--epsilon=.3', '--epsilon_steps=30',
+                  '--logit_noise=.5', '--temperature=1.5', '--top_k=5', '--top_p=.9', '--entropy_weight=.1'],
+    'one model': ['--split=False', '--search=False', '--advantage=softmax', '--fixed=False', '--think_len=2'],
+    'many codes': ['--think_len=8', '--group_size=2', '--n_adds=3', '--balance_steps=3'],
+    'many written': ['--think_len=8', '--group_size=2', '--search=False', '--dtype=bfloat16'],
+}
 
 
 # ---- a run and what it leaves
@@ -118,23 +130,95 @@ def test_the_picture_shows_who_calls_what_how(run_here, tmp_path, monkeypatch):
     monkeypatch.setattr(go.Figure, 'write_html', lambda self, *a, **k: drawn.append(self) or write_html(self, *a, **k))
     assert run_here('add_think_blind', '--think_len=2', f'--out_dir={tmp_path}/a', '--plot=True')[0] == 0
     counts = torch.as_tensor(drawn[0].data[0].z)
-    assert counts.shape == (7, 49) and counts.sum(1).tolist() == [7] * 7    # 7 questions have each answer
+    assert counts.shape == (7, len(drawn[0].data[0].x)) and counts.sum(1).tolist() == [7] * 7   # questions per answer
+    assert (counts.sum(0) > 0).all()
+    assert [line['bits'] for line in metrics(tmp_path / 'a') if 'bits' in line] == list(drawn[0].data[2].y)
     page = (tmp_path / 'a/language.html').read_text()
     assert 'invented language' in page and 'script src=' not in page        # stand-alone
 
 
 # ---- do they learn?
 
+SIXTEEN = ['--input_max=16', '--d_thought_vocab=4', '--think_len=2', '--d_model=64', '--n_head=8', '--max_steps=400',
+           '--eval_every=400', '--batch_size=128', '--weight_decay=1', '--heldout=.1']
+
+
 def test_blind_policies_invent_a_language(run_here, tmp_path):
     """16 answers and 16 codes: every code is needed, and must mean the same to both policies."""
-    more = ['--input_max=16', '--d_thought_vocab=4', '--think_len=2', '--d_model=64', '--n_head=8', '--max_steps=400',
-            '--eval_every=400', '--batch_size=128', '--weight_decay=1', '--heldout=.1']
-    code, out, _ = run_here('add_think_blind', *more, f'--out_dir={tmp_path}/a')
+    code, out, _ = run_here('add_think_blind', *SIXTEEN, f'--out_dir={tmp_path}/a')
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and result['accuracy'] > .99 and result['codes'] == 16
     assert max(result['ablation'][name] for name in ('shuffled', 'random', 'constant', 'none')) < .4
-    _, out, _ = run_here('add_think_blind', *more, f'--out_dir={tmp_path}/b', '--balance_steps=0')
+    _, out, _ = run_here('add_think_blind', *SIXTEEN, f'--out_dir={tmp_path}/b', '--balance_steps=0')
     assert json.loads(out.splitlines()[-1])['accuracy'] < .99      # and the prices are what keeps codes apart
+
+
+@pytest.mark.parametrize('variant', [
+    ['--search=False'], ['--search=False', '--fixed=False'], ['--fixed=False'], ['--super=True', '--super_order=lsb'],
+    ['--super=True', '--super_order=random', '--search=False', '--advantage=best', '--epsilon=.5'],
+    ['--split=False', '--weight_decay=0', '--search=False']])
+def test_variants_that_learn(variant, run_here, tmp_path):
+    code, out, _ = run_here('add_think_blind', *SIXTEEN, *variant, f'--out_dir={tmp_path}/a')
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0 and result['accuracy'] > .95
+    checkpoint = torch.load(tmp_path / 'a/ckpt.pt', weights_only=True)
+    assert ('thoughts' in result) == ('--fixed=False' in variant)
+    assert list(checkpoint['models']) == (['model'] if '--split=False' in variant else ['thinking', 'answering'])
+    counted = '--search=False' in variant and '--advantage=best' not in variant
+    assert checkpoint['habit'].numel() == (16 * (5 if '--fixed=False' in variant else 4)**2 if counted else 0)
+    assert max(result['ablation'][name] for name in ('shuffled', 'random', 'constant', 'none')) < .4
+
+
+def written_digits(folder, order):
+    """Which of the first 16 numbers a thinking policy trained on one number writes as its digits in base 4."""
+    model = unpack(torch.load(folder / 'ckpt.pt', weights_only=True)['models']['thinking'])
+    numbers = torch.arange(16)
+    right = torch.stack([numbers // 4, numbers % 4], dim=1)
+    thoughts = model.think(numbers[:, None], 2, temperature=0).tokens - 16
+    return (thoughts == (right if order == 'msb' else right.flip(1))).all(1)
+
+
+@pytest.mark.parametrize('order', ['msb', 'lsb'])
+def test_super_teaches_the_digits(order, run_here, tmp_path):
+    more = ['--n_adds=1', f'--super_order={order}', '--max_steps=150', f'--out_dir={tmp_path}/a']
+    assert run_here('add_think_blind', *SIXTEEN, *more, '--super=True')[0] == 0
+    assert written_digits(tmp_path / 'a', order).sum() >= 13        # two of 16 are held out
+    _, out, _ = run_here('add_think_blind', *SIXTEEN, *more, '--super=True', '--heldout=.5')
+    result = json.loads(out.splitlines()[-1])       # of the eight that are held out
+    assert result['digits_2'] <= result['digits_1'] and result['digits_2'] == result['heldout_accuracy']
+    run_here('add_think_blind', *SIXTEEN, *more)
+    assert written_digits(tmp_path / 'a', order).sum() < 8          # and nobody writes them of himself
+
+
+def test_clean_pays_for_the_right_thoughts_only(run_here, tmp_path):
+    """Nobody teaches the answering policy, but thoughts are paid by hand: the thinking policy learns the digits."""
+    more = ['--clean=True', '--search=False', '--advantage=clean', '--frozen=answering', '--n_adds=1',
+            '--learning_rate=1e-2', '--batch_size=32', '--group_size=16', '--epsilon=.3']
+    assert run_here('add_think_blind', *SIXTEEN, *more, f'--out_dir={tmp_path}/a')[0] == 0
+    assert written_digits(tmp_path / 'a', 'msb').sum() >= 13
+
+
+def test_bits_and_accuracy_are_those_of_the_checkpoint(run_here, tmp_path):
+    more = ['--n_adds=3', '--max_steps=100', '--think_len=2', '--d_thought_vocab=4', '--weight_decay=.1']
+    _, out, _ = run_here('add_think_blind', f'--out_dir={tmp_path}/a', *more, '--input_max=4', '--seed=1')
+    result = json.loads(out.splitlines()[-1])
+    models = torch.load(tmp_path / 'a/ckpt.pt', weights_only=True)['models']
+    thinking, answering = (unpack(models[name]) for name in ('thinking', 'answering'))
+    question = addition_questions(0, 4, .2, 1, n_adds=3)[1]
+    answer, logits = question.sum(1) % 4, answering.answer(thinking.think(question, 2, temperature=0).tokens)
+    assert result['heldout_accuracy'] == pytest.approx((logits.argmax(1) == answer).float().mean().item())
+    bits = 2 - torch.nn.functional.cross_entropy(logits, answer).item() / math.log(2)
+    assert result['bits'] == pytest.approx(max(0, bits), abs=1e-5)
+
+
+@pytest.mark.parametrize('policy', ['thinking', 'answering'])
+def test_a_frozen_policy_stays_as_it_was(policy, run_here, tmp_path):
+    for name, more in (('a', []), ('b', [f'--init_from={tmp_path}/a/ckpt.pt', f'--frozen={policy}'])):
+        assert run_here('add_think_blind', f'--out_dir={tmp_path}/{name}', *more)[0] == 0
+    a, b = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)['models'] for name in 'ab')
+    same = {name: all(torch.equal(x, b[name]['state'][key]) for key, x in packed['state'].items())
+            for name, packed in a.items()}
+    assert same.pop(policy) and not any(same.values())
 
 
 @pytest.mark.parametrize('order', ['msb', 'lsb'])
@@ -144,6 +228,34 @@ def test_digits_are_learned(order, run_here, tmp_path):
                             '--weight_decay=1', f'--out_dir={tmp_path}/a')
     assert code == 0 and json.loads(out.splitlines()[-1])['accuracy'] > .9
     assert '+' in (tmp_path / 'a/samples.txt').read_text()
+
+
+def test_every_knob_of_exploration_does_something(run_here, tmp_path):
+    """And each of them what it says, as far as the first steps show."""
+    def state(*more):
+        assert run_here('add_think_blind', '--search=False', f'--out_dir={tmp_path}/a', *more)[0] == 0
+        shutil.rmtree(tmp_path / 'older', ignore_errors=True)
+        models = torch.load(tmp_path / 'a/ckpt.pt', weights_only=True)['models']
+        (tmp_path / 'a').rename(tmp_path / 'older')
+        return torch.cat([x.flatten() for model in models.values() for x in model['state'].values()])
+    usual = state()
+    assert torch.equal(state(), usual)
+    for knob in ('temperature=2', 'top_k=3', 'top_p=.5', 'epsilon=.5', 'logit_noise=1', 'entropy_weight=1', 'memory=0',
+                 'group_size=3', 'tau=1', 'balance_steps=0', 'answer_on=written', 'advantage=grpo'):
+        assert not torch.equal(state(f'--{knob}'), usual), knob
+    assert not torch.equal(state('--epsilon=.5', '--epsilon_steps=3'), state('--epsilon=.5'))
+    greedy = [metrics(tmp_path / 'older') for _ in map(state, ('--entropy_weight=0', '--entropy_weight=5'))]
+    assert greedy[1][-2]['entropy'] > greedy[0][-2]['entropy']
+
+
+def test_a_picture_of_codes_of_every_length(run_here, tmp_path, monkeypatch):
+    go = pytest.importorskip('plotly.graph_objects')
+    drawn = []
+    monkeypatch.setattr(go.Figure, 'write_html', lambda self, path, **k: drawn.append(self) or path.write_text('x'))
+    more = ['--fixed=False', '--think_len=2', '--d_thought_vocab=1', '--plot=True']
+    code, out, _ = run_here('add_think_blind', *more, f'--out_dir={tmp_path}/a')
+    assert code == 0 and '3 codes cannot name 7 answers' in out         # none, one or two thoughts
+    assert set(drawn[0].data[0].x) <= {'', '0', '0 0'}
 
 
 def test_fewer_codes_than_answers_warns(run_here, tmp_path):
@@ -176,15 +288,17 @@ def assert_same_runs(a, b):
     for name in ('ckpt.pt', 'best.pt'):
         ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (a, b))
         assert ours['step'] == theirs['step'] and ours['best'] == theirs['best']
+        assert all(torch.equal(ours[x], theirs[x]) for x in ('prices', 'habit', 'baseline') if x in ours)
         for model, packed in ours['models'].items():
             for key, tensor in packed['state'].items():
                 assert torch.equal(tensor, theirs['models'][model]['state'][key]), key
 
 
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_killed_and_resumed_equals_uninterrupted(script, tmp_path):
+@pytest.mark.parametrize('script, more', [*((script, []) for script in SCRIPTS), *(
+    ('add_think_blind', VARIANTS[name]) for name in ('sampled', 'reinforce', 'many written'))])
+def test_killed_and_resumed_equals_uninterrupted(script, more, tmp_path):
     """Killed at any step, resumed, killed again, before or after the next checkpoint, resumed."""
-    more = ['--max_steps=400', '--eval_every=37', '--log_every=2']
+    more = [*more, '--max_steps=200', '--eval_every=37', '--log_every=2']
     first = random.randint(2, 40)
     second = random.randint(first + 1, 60)
     print(f'killed when the log has {first} and {second} lines')
@@ -195,7 +309,7 @@ def test_killed_and_resumed_equals_uninterrupted(script, tmp_path):
     assert_same_runs(tmp_path / 'killed', tmp_path / 'whole')
     assert len(json.loads((tmp_path / 'killed/config.json').read_text())['resumed']) == 2
     for _ in range(2):      # resuming what is finished changes nothing
-        run(script, f'--out_dir={tmp_path}/killed', '--init_from=resume')
+        run(script, f'--out_dir={tmp_path}/killed', *more, '--init_from=resume')
         assert_same_runs(tmp_path / 'killed', tmp_path / 'whole')
 
 
@@ -234,9 +348,11 @@ def test_a_checkpoint_survives_a_write_that_breaks(run_here, tmp_path, monkeypat
 
 # ---- processes
 
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_two_processes_equal_one(script, tmp_path):
-    more = ['--max_steps=20', '--eval_every=10']
+@pytest.mark.parametrize('script, more', [*((script, []) for script in SCRIPTS), *(
+    ('add_think_blind', more) for more in VARIANTS.values())])
+def test_two_processes_equal_one(script, more, tmp_path):
+    # float32: in half precision two halves of a batch round otherwise than the whole, by 1e-4 after the first update
+    more = [*more, '--max_steps=20', '--eval_every=10', '--dtype=float32']
     one = run(script, f'--out_dir={tmp_path}/one', *more)
     two = run(script, f'--out_dir={tmp_path}/two', *more,
               launcher=(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'))
@@ -294,10 +410,18 @@ def test_bad_input_of_one_script(run_here, tmp_path):
     out = f'--out_dir={tmp_path}/a'
     refused(run_here('add_normal', out, '--encoding=roman'), 'must be one of int, digits')
     refused(run_here('add_normal', out, '--input_min=6'), 'leaves no two numbers')
-    refused(run_here('add_think_blind', out, '--think_len=40'), 'too many to score')
-    refused(run_here('add_think_blind', out, '--think_len=4000'), 'too many to score')
-    refused(run_here('add_think_blind', out, '--think_len=0'), 'must be between 1')
-    refused(run_here('add_think_blind', out, '--tau=0'), 'must be between')
+    for arguments, message in {
+            '--think_len=40': 'too many to number', '--think_len=4000': 'too many to number',
+            '--n_adds=40': 'too many to number', '--n_adds=0': 'must be between 1',
+            '--think_len=0': 'must be between 1',
+            '--tau=0': 'must be between', '--temperature=0': 'must be between', '--top_p=2': 'must be between',
+            '--epsilon=1.5': 'must be between 0', '--advantage=ppo': 'must be one of balanced, softmax, best, grpo',
+            '--advantage=grpo': 'needs rollouts: --search=False', '--answer_on=written': 'needs rollouts',
+            '--search=False --advantage=rloo --group_size=1': 'must be at least 2',
+            '--split=False --frozen=thinking': 'needs two models', '--super=True --d_thought_vocab=6': 'make no digits',
+            '--clean=True --d_thought_vocab=6': 'make no digits',
+            '--search=False --think_len=8 --input_max=700': 'counts are kept for 700 answers'}.items():
+        refused(run_here('add_think_blind', out, *arguments.split()), message)
 
 
 def test_bad_input_has_no_traceback_as_a_process(tmp_path):
@@ -342,12 +466,13 @@ def test_a_missing_package_is_named(run_here, tmp_path, monkeypatch):
 # ---- the repository
 
 def test_the_tables_of_the_readme_are_those_of_the_results(tmp_path):
-    for name in ('bench.py', 'utils.py', 'README.md'):
+    for name in ('bench.py', 'model.py', 'utils.py', 'README.md'):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / 'assets/results', tmp_path / 'assets/results')
     subprocess.run([sys.executable, tmp_path / 'bench.py', '--suite=tables'], check=True)
     readme = (tmp_path / 'README.md').read_text()
     assert readme == (ROOT / 'README.md').read_text() and '| `python add_think_blind.py` |' in readme
+    assert '| `python add_think_blind.py --d_thought_vocab=100 --think_len=1` |' in readme and '| `… --fixed' in readme
     unknown = subprocess.run([sys.executable, tmp_path / 'bench.py', '--only=nothing'], capture_output=True, text=True)
     assert unknown.returncode == 2 and unknown.stderr.startswith('error: --only=nothing must be one of blind, ')
 

@@ -10,7 +10,8 @@ import torch
 
 import utils
 from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig
-from utils import ablations, addition_pairs, balanced_target, make_optimizer, parse_knob, sample, schedule, show_tokens
+from utils import (ablations, addition_questions, advantages, balanced_target, digits, make_optimizer, parse_knob,
+                   sample, schedule, show_tokens)
 
 
 # ---- sampling
@@ -45,6 +46,16 @@ def test_top_k_top_p_and_greedy():
     assert log_probs.exp().unique().tolist() == pytest.approx([.25 / .65, .4 / .65], abs=1e-5)
 
 
+def test_exploration_of_samples():
+    logits = torch.tensor([.7, .2, .1, 0.]).log()
+    tokens, log_probs = sample(logits.expand(100000, 4), grid(100000), epsilon=.4)
+    p = torch.tensor([.52, .22, .16, .1])
+    torch.testing.assert_close(tokens.bincount(minlength=4) / 100000, p, atol=2e-5, rtol=0)
+    torch.testing.assert_close(log_probs, p.log()[tokens])
+    bias = torch.tensor([[0., 9., 0., 0.], [0., 0., 9., 0.]])
+    assert sample(logits.expand(2, 4), torch.tensor([.5, .5]), bias=bias)[0].tolist() == [1, 2]
+
+
 def test_no_noise_reaches_an_impossible_token():
     logits = torch.full((3, 1000), -torch.inf)
     logits[:, 300:700] = torch.randn(3, 400)
@@ -54,7 +65,8 @@ def test_no_noise_reaches_an_impossible_token():
 
 
 def test_settings_that_define_no_distribution():
-    for how in ({'temperature': -1}, {'temperature': 1e-45}, {'top_k': -1}, {'top_p': 0}, {'top_p': 1.5}):
+    for how in ({'temperature': -1}, {'temperature': 1e-45}, {'top_k': -1}, {'top_p': 0}, {'top_p': 1.5},
+                {'epsilon': -.1}, {'epsilon': 1.1}):
         with pytest.raises(ValueError, match='cannot sample'):
             sample(torch.zeros(1, 3), torch.zeros(1), **how)
 
@@ -97,24 +109,69 @@ def test_shares_with_more_and_with_fewer_codes_than_answers():
     assert alone.any() and torch.equal(many.argmax(1)[alone], best[alone])
 
 
+# ---- advantages
+
+def test_advantages_are_what_they_are_called():
+    rewards = torch.tensor([[1., 2., 6.], [0., 0., 0.]])
+    w = {kind: advantages(rewards, kind, tau=2., baseline=1.) for kind in (
+        'clean', 'reinforce', 'dr_grpo', 'rloo', 'grpo', 'softmax', 'best')}
+    assert torch.allclose(w['clean'] * 3, rewards)
+    assert torch.allclose(w['reinforce'] * 3, rewards - 1)
+    assert torch.allclose(w['dr_grpo'] * 3, torch.tensor([[-2., -1., 3.], [0., 0., 0.]]))
+    assert torch.allclose(w['rloo'][0] * 3, torch.tensor([1 - 4., 2 - 3.5, 6 - 1.5]))
+    assert torch.allclose(w['grpo'][0] * 3, torch.tensor([-2., -1., 3.]) / math.sqrt(14 / 3))
+    assert torch.allclose(w['softmax'][0], (rewards[0] / 2).softmax(0)) and w['softmax'].sum(1).allclose(torch.ones(2))
+    assert w['best'][0].tolist() == [0, 0, 1] and w['best'].sum(1).tolist() == [1, 1]
+    assert all(weights.isfinite().all() for weights in w.values())
+
+
+@pytest.mark.parametrize('kind', ['reinforce', 'dr_grpo', 'rloo', 'grpo'])
+def test_policy_gradients_point_where_the_exact_gradient_does(kind):
+    """Over many groups the estimate is along the gradient of the expected reward, worked out over all tokens."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, generator=generator, requires_grad=True)
+    reward = torch.randn(5, generator=generator)
+    exact, = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)
+    token = sample(logits.detach().expand(80000, 5), torch.rand(80000, generator=generator))[0].view(-1, 4)
+    weights = advantages(reward[token], kind, baseline=.3)
+    loss = -(weights * logits.log_softmax(0)[token]).sum(1).mean()
+    estimate, = torch.autograd.grad(-loss, logits)
+    assert torch.cosine_similarity(estimate, exact, dim=0) > (.95 if kind == 'grpo' else .99)
+    if kind in ('reinforce', 'rloo'):       # those without bias
+        torch.testing.assert_close(estimate, exact, atol=.02, rtol=0)
+
+
 # ---- tasks
 
+def test_digits():
+    assert digits(torch.tensor([0, 7, 123]), 3).tolist() == [[0, 0, 0], [0, 0, 7], [1, 2, 3]]
+    assert digits(torch.tensor([5, 6]), 3, base=2).tolist() == [[1, 0, 1], [1, 1, 0]]
+
+
+def test_questions_of_three_numbers():
+    train, test = addition_questions(2, 5, .2, seed=0, n_adds=3)
+    rows = sorted(map(tuple, torch.cat([train, test]).tolist()))
+    assert rows == sorted(itertools.product(range(2, 5), repeat=3)) and len(test) == 5
+    with pytest.raises(ValueError, match='too many to number'):
+        addition_questions(0, 100, .2, seed=0, n_adds=10)
+
+
 def test_pairs_are_split_without_loss_or_overlap():
-    train, test = addition_pairs(0, 13, .2, seed=3)
+    train, test = addition_questions(0, 13, .2, seed=3)
     assert len(test) == round(.2 * 169)
     assert sorted(map(tuple, torch.cat([train, test]).tolist())) == [(a, b) for a in range(13) for b in range(13)]
-    assert torch.equal(addition_pairs(0, 13, .2, seed=3)[0], train)
-    assert not torch.equal(addition_pairs(0, 13, .2, seed=4)[0], train)
-    assert [len(part) for part in addition_pairs(0, 2, .01, seed=0)] == [3, 1]
+    assert torch.equal(addition_questions(0, 13, .2, seed=3)[0], train)
+    assert not torch.equal(addition_questions(0, 13, .2, seed=4)[0], train)
+    assert [len(part) for part in addition_questions(0, 2, .01, seed=0)] == [3, 1]
 
 
 def test_pairs_of_large_numbers_are_drawn():
-    train, test = addition_pairs(10000, 100000, .1, seed=0, n_max=5000)
+    train, test = addition_questions(10000, 100000, .1, seed=0, n_max=5000)
     both = torch.cat([train, test])
     assert len(both) == 5000 and both.min() >= 10000 and both.max() < 100000
     assert len(both.unique(dim=0)) == len(both)
     assert both[:, 0].float().mean().item() == pytest.approx(55000, rel=.03)
-    assert len(torch.cat(addition_pairs(0, 71, .1, seed=0, n_max=5000)).unique(dim=0)) == 5000     # of 5041
+    assert len(torch.cat(addition_questions(0, 71, .1, seed=0, n_max=5000)).unique(dim=0)) == 5000     # of 5041
 
 
 # ---- processes
@@ -125,6 +182,8 @@ def test_processes_share_a_batch_without_loss_or_overlap():
     for world.rank in range(3):
         shares.append(world.share(batch))
     assert [len(share) for share in shares] == [4, 4, 4] and torch.equal(torch.cat(shares), batch)
+    world.size = 1
+    assert torch.equal(world.gather(batch), batch)      # by several: the test of two processes
 
 
 # ---- optimiser and schedule
