@@ -189,7 +189,11 @@ class World:
             dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
         bfloat16 = knobs.get('dtype', 'float32') == 'bfloat16'
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
-        torch.set_num_threads(torch.get_num_threads())      # this makes torch stop MKL from varying its own
+        if self.device.type == 'cpu':       # two threads add in the same order in every repetition
+            os.environ.setdefault('MKL_CBWR', 'AUTO,STRICT')
+            torch.set_num_threads(torch.get_num_threads())      # which makes torch stop MKL from varying its own
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         torch.manual_seed(knobs['seed'])
         # questions and noise are drawn from here, alike in all processes
         self.generator = torch.Generator(self.device).manual_seed(knobs['seed'])

@@ -174,6 +174,17 @@ def test_pairs_of_large_numbers_are_drawn():
     assert len(torch.cat(addition_questions(0, 71, .1, seed=0, n_max=5000)).unique(dim=0)) == 5000     # of 5041
 
 
+def test_two_threads_add_in_the_same_order_in_every_repetition():
+    torch.set_num_threads(2)
+    try:
+        utils.World({'device': 'cpu', 'batch_size': 1, 'seed': 0})
+        x, rows, g = torch.randn(9, 100, requires_grad=True), torch.randint(9, (1000,)), torch.randn(1000, 100)
+        grads = [torch.autograd.grad((x[rows] * g).sum(), x)[0] for _ in range(20)]
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(grads[0], grad) for grad in grads)
+
+
 # ---- processes
 
 def test_processes_share_a_batch_without_loss_or_overlap():
