@@ -28,15 +28,15 @@ answers come to share codes (--balance_steps=0). The policy gradients are there 
 have no importance weights where exploration changes how rollouts are sampled, and no clipping or KL term, as each
 rollout is used once; the answering policy learns from rollouts as far as their advantages are positive.
 """
-import json
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from model import ThinkingModelConfig, make_model, pack
 from utils import (Run, World, ablations, addition_questions, advantages, balanced_target, digits, fail, make_optimizer,
-                   need, read_knobs, sample, schedule, show_tokens, user_errors, write_atomic)
+                   need, read_knobs, sample, schedule, show_tokens, user_errors)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -132,24 +132,11 @@ models = {'thinking': thinking, 'answering': answering} if split else {'model': 
 if frozen != 'none':
     models[frozen].requires_grad_(False)
 
-# ---- codes: thoughts as one number, in base L, or L + 1 where end_thought is one of the digits ----------------------
+# ---- codes: thoughts as one number, see GPT2Thinking.number ----------------------------------------------------------
 
 thought_tokens = thinking.thought_range(fixed)
-
-
-def number(thoughts):
-    """thoughts: (..., T). Returns the numbers (...) of these codes."""
-    place_value = base ** torch.arange(think_len - 1, -1, -1, device=world.device)
-    return ((thoughts - thought_tokens.start) * place_value).sum(-1)
-
-
-def spell(numbers):
-    """numbers: (n,). Returns the thoughts (n, T); behind the first end_thought there are only more of it."""
-    thoughts = thought_tokens.start + digits(numbers, think_len, base)
-    behind = torch.arange(think_len, device=world.device) > thinking.n_thoughts(thoughts)[:, None]
-    return thoughts.masked_fill(behind, thinking.config.end_thought)
-
-
+number = partial(thinking.number, fixed=fixed)
+spell = partial(thinking.spell, think_len=think_len, fixed=fixed)
 search_all = search and base ** think_len <= n_slots
 all_codes = torch.arange(base ** think_len if search_all else 0, device=world.device)
 all_codes = number(spell(all_codes)).unique()                                           # (C,)
@@ -225,7 +212,7 @@ def evaluate(step):
     return result
 
 
-def draw_language(path):
+def draw_language():
     """Which thoughts are written for which answer, and how the language grew: pictures, stand-alone HTML."""
     graph, subplots = (need(f'plotly.{name}', 'to draw pictures') for name in ('graph_objects', 'subplots'))
     question = torch.cat([train_set, heldout_set])[:10**5]
@@ -239,35 +226,26 @@ def draw_language(path):
         z=counts.view(input_max, -1).int().cpu().numpy(), x=names, y=list(range(input_max)), colorscale='Blues',
         colorbar={'title': 'questions', 'len': .75, 'y': 1, 'yanchor': 'top'},
         hovertemplate='answer %{y}, thoughts %{x}: %{z} questions<extra></extra>', row=1, col=1)
-    log = (run.folder / 'metrics.jsonl').read_text().splitlines()
-    lines = [line for line in map(json.loads, log) if 'bits' in line]
     for name, title, colour in (('codes', 'distinct codes', 'firebrick'),
                                 ('bits', 'bits that reach the answering policy', 'teal')):
-        figure.add_scatter(x=[line['step'] for line in lines], y=[line[name] for line in lines], name=title,
-                           line_color=colour, row=2, col=1, secondary_y=name == 'bits')
-        figure.update_yaxes(title=title, color=colour, rangemode='tozero', tickmode='auto',
-                            showgrid=name == 'codes', row=2, col=1, secondary_y=name == 'bits')
+        run.draw_curve(figure, name, title, colour, row=2, col=1, secondary_y=name == 'bits')
+    figure.update_yaxes(showgrid=False, row=2, col=1, secondary_y=True)
     figure.update_xaxes(title='thoughts', type='category', tickangle=90, row=1, col=1)
-    figure.update_xaxes(title='step', row=2, col=1)
     figure.update_yaxes(title='answer', row=1, col=1)
     figure.update_layout(title='The invented language', width=900, height=1000, showlegend=False)
-    write_atomic(path, lambda temporary: figure.write_html(temporary, config={'displayModeBar': False}))
+    run.picture('language.html', figure)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
-
-def draw(kind, *shape):
-    """Random numbers (B, *shape) for this process: every process draws those of all, and takes its share."""
-    return world.share(kind(batch_size, *shape, generator=world.generator, device=world.device))
-
 
 def explore(question, step):
     """question: (B, n_adds). Returns the thoughts (B, G, T) of rollouts of the thinking policy, explored."""
     return thinking.think(
         question, think_len, fixed=fixed, n_rollouts=group_size,
-        noise=draw(torch.rand, group_size, think_len).flatten(0, 1), temperature=temperature, top_k=top_k, top_p=top_p,
+        noise=world.draw(torch.rand, batch_size, group_size, think_len).flatten(0, 1),
+        temperature=temperature, top_k=top_k, top_p=top_p,
         epsilon=epsilon * max(0, 1 - step / epsilon_steps) if epsilon_steps else epsilon,
-        bias=logit_noise * draw(torch.randn, group_size, base).flatten(0, 1) if logit_noise else 0.,
+        bias=logit_noise * world.draw(torch.randn, batch_size, group_size, base).flatten(0, 1) if logit_noise else 0.,
     ).tokens.view(-1, group_size, think_len)
 
 
@@ -315,7 +293,7 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
 
     # a batch of questions; every process draws all of it and takes its share
     rows = torch.randint(len(train_set), (batch_size,), generator=world.generator, device=world.device)
-    noise = draw(torch.rand)
+    noise = world.draw(torch.rand, batch_size)
     all_answers = train_set[rows].sum(1) % input_max
     question, answer = train_set[world.share(rows)], world.share(all_answers)       # (B, n_adds), (B,)
 
@@ -366,5 +344,5 @@ test = heldout_set[:eval_questions]
 ablation = {name: judge(test, thoughts)[1]
             for name, thoughts in ablations(think_greedily(test), thought_tokens).items()}
 if plot and run.writes:
-    draw_language(run.folder / 'language.html')
+    draw_language()
 run.finish(steps=n_steps, **result, ablation=ablation)

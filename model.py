@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from utils import need, sample
+from utils import digits, need, sample
 
 # up to this many keys, explicit forms of attention are faster: backward passes on a CPU, everything on a GPU
 TINY = 8
@@ -227,12 +227,17 @@ class GPT2(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def hidden(self, tokens, cache=None):
-        """tokens: (B, S), appended to what the cache holds. Returns the last layer's states (B, S, d_model)."""
+        """
+        tokens: (B, S), or how much there is of each token that can be read, (B, S, len(config.reads)), for gradients
+        with respect to tokens; appended to what the cache holds. Returns the last layer's states (B, S, d_model).
+        """
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.config.block_size:
             raise ValueError(f'{end} tokens are more than block_size={self.config.block_size}')
-        x = self.wte(tokens - self.config.reads.start) + self.wpe.weight[start:end]    # (B, S, d_model)
+        soft = tokens.is_floating_point()
+        x = tokens @ self.wte.weight if soft else self.wte(tokens - self.config.reads.start)
+        x = x + self.wpe.weight[start:end]                                             # (B, S, d_model)
         for layer, block in enumerate(self.h):
             x = block(x, layer, cache)
         if cache is not None:
@@ -370,6 +375,19 @@ class GPT2Thinking(GPT2):
     def n_thoughts(self, thoughts):
         """How many thoughts (N,) stand before the first end_thought in each row of thoughts (N, T)."""
         return (thoughts != self.config.end_thought).cumprod(1).sum(1)
+
+    def number(self, thoughts, fixed=True):
+        """Thoughts (..., T) as numbers (...): in base L, or in base L + 1 where end_thought is one of the digits."""
+        choices = self.thought_range(fixed)
+        place_value = len(choices) ** torch.arange(thoughts.shape[-1] - 1, -1, -1, device=thoughts.device)
+        return ((thoughts - choices.start) * place_value).sum(-1)
+
+    def spell(self, numbers, think_len, fixed=True):
+        """The thoughts (n, think_len) of numbers (n,); behind the first end_thought there are only more of it."""
+        choices = self.thought_range(fixed)
+        thoughts = choices.start + digits(numbers, think_len, len(choices))
+        behind = torch.arange(think_len, device=numbers.device) > self.n_thoughts(thoughts)[:, None]
+        return thoughts.masked_fill(behind, self.config.end_thought)
 
     def thought_log_probs(self, question, thoughts, fixed=True, entropy=False):
         """

@@ -59,7 +59,7 @@ def need(package, purpose):
 
 LIMITS = {  # smallest and largest value of a knob; the others may be anything from 0 to 2**31 - 1
     'input_max': (2, 2**31 - 1),
-    **dict.fromkeys(('max_steps', 'eval_every', 'eval_questions', 'log_every', 'seeds', 'parallel'), (1, 2**31 - 1)),
+    **dict.fromkeys(('max_steps', 'inner_steps', 'eval_every', 'eval_questions', 'log_every', 'seeds', 'parallel'), (1, 2**31 - 1)),
     **dict.fromkeys(('batch_size', 'group_size', 'd_thought_vocab', 'd_model'), (1, 2**20)),
     **dict.fromkeys(('think_len', 'n_layer', 'n_head', 'n_adds'), (1, 2**12)),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
@@ -201,6 +201,10 @@ class World:
     def share(self, x):
         """This process's rows of a tensor of the whole batch."""
         return x.chunk(self.size)[self.rank] if self.size > 1 else x
+
+    def draw(self, kind, *shape):
+        """Random numbers, kind torch.rand or torch.randn: every process draws the whole batch's, and takes its rows."""
+        return self.share(kind(*shape, generator=self.generator, device=self.device))
 
     def gather(self, x):
         """The tensor of the whole batch from every process's rows."""
@@ -379,6 +383,18 @@ class Run:
                           'models': models, 'optimizers': [o.state_dict() for o in self.optimizers],
                           'generator': self.world.generator.get_state(), **more}
             write_atomic(self.folder / name, lambda path: torch.save(checkpoint, path))
+
+    def draw_curve(self, figure, name, title, colour, **where):
+        """Add to a plotly figure, where it says, what metrics.jsonl holds under a name over the steps."""
+        log = map(json.loads, (self.folder / 'metrics.jsonl').read_text().splitlines())
+        steps, values = zip(*((line['step'], line[name]) for line in log if name in line))
+        figure.add_scatter(x=steps, y=values, name=title, line_color=colour, **where)
+        figure.update_yaxes(title=title, color=colour, rangemode='tozero', **where)
+        figure.update_xaxes(title='step', row=where['row'], col=where['col'])
+
+    def picture(self, name, figure):
+        """Keep a plotly figure in the folder as HTML that needs nothing else."""
+        write_atomic(self.folder / name, lambda path: figure.write_html(path, config={'displayModeBar': False}))
 
     def finish(self, **result):
         """The last line of stdout: one JSON object."""
