@@ -274,7 +274,7 @@ def policy_gradient(x, step):
     state['baseline'].lerp_(world.gather(rewards).mean(), .1)
 
     log_pi, entropy = (each.sum(1).view(-1, group_size) for each in thinking.thought_log_probs(
-        x.repeat_interleave(group_size)[:, None], thoughts, entropy=True))          # (B, G)
+        x.repeat_interleave(group_size)[:, None], thoughts, entropy=True, merge=True))              # (B, G)
     bonus = entropy_weight + (entropy_end - entropy_weight) * step / max_steps
     return {'thinking_loss': -(weights * log_pi).sum(1).mean() - bonus * entropy.mean(),
             'answering_loss': -log_q.mean(), 'entropy': entropy.mean()}

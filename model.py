@@ -276,19 +276,16 @@ class GPT2(nn.Module):
         log_probs = torch.zeros(N, n_new, device=device)
         mask = torch.zeros(N, n_new, dtype=torch.bool, device=device)
         alive = torch.ones(N, dtype=torch.bool, device=device)
-        cache, n_read = None, 0
+        cache = None
         if use_cache:
-            # the last prompt token is read per rollout, so that one loop serves the first token and all others
             cache = KVCache(self.config, len(prompt), prompt.shape[1] + n_new - 1, device, self.wte.weight.dtype)
-            n_read = prompt.shape[1] - 1
-            if n_read:
-                self.hidden(prompt[:, :-1], cache)
+        state = self.hidden(prompt, cache)[:, -1].repeat_interleave(n_rollouts, dim=0)                  # (N, d_model)
+        if use_cache:
             cache.repeat(n_rollouts)
         sequence = torch.cat([prompt.repeat_interleave(n_rollouts, dim=0), tokens], dim=1)     # (N, S + n_new)
-        for t in range(n_new):
-            end = prompt.shape[1] + t
-            state = self.hidden(sequence[:, n_read:end], cache)[:, -1]      # (N, d_model)
-            n_read = end if use_cache else 0
+        for t, end in enumerate(range(prompt.shape[1], sequence.shape[1])):
+            if t:
+                state = self.hidden(sequence[:, end - 1 if use_cache else 0:end], cache)[:, -1]
             token, log_prob = sample(self.lm_head(state)[:, columns], noise[:, t], **how)
             token = token + among.start                                     # (N,)
             if stop is not None:
@@ -300,17 +297,21 @@ class GPT2(nn.Module):
                     break
         return Rollout(sequence[:, prompt.shape[1]:], log_probs, mask)
 
-    def log_probs(self, prompt, tokens, among=None, entropy=False):
+    def log_probs(self, prompt, tokens, among=None, entropy=False, merge=False):
         """
         Log-probabilities (N, T), with gradient, of tokens (N, T) chosen among a range after prompt (N, S): at
         temperature 1 and of the whole range, whatever the tokens were sampled with. entropy: return as well the
-        entropy (N, T), in nats, of each choice.
+        entropy (N, T), in nats, of each choice. merge: rows alike up to their last token are read once, which saves
+        time where many rollouts of a prompt are short.
         """
         among = among or self.config.writes
-        states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1))[:, prompt.shape[1] - 1:]      # (N, T, d_model)
-        log_p = self.lm_head(states)[..., self.columns(among)].float().log_softmax(-1)                  # (N, T, tokens)
-        chosen = log_p.gather(-1, (tokens - among.start)[..., None])[..., 0]
-        return (chosen, -(log_p.exp() * log_p).sum(-1)) if entropy else chosen
+        rows, back = torch.cat([prompt, tokens[:, :-1]], dim=1), slice(None)
+        if merge:
+            rows, back = rows.unique(dim=0, return_inverse=True)
+        states = self.hidden(rows)[:, prompt.shape[1] - 1:]                                 # (rows, T, d_model)
+        log_p = self.lm_head(states)[..., self.columns(among)].float().log_softmax(-1)      # (rows, T, tokens)
+        chosen = log_p[back].gather(-1, (tokens - among.start)[..., None])[..., 0]
+        return (chosen, -(log_p.exp() * log_p).sum(-1)[back]) if entropy else chosen
 
     # ---- weights from and to Hugging Face
 
@@ -389,12 +390,12 @@ class GPT2Thinking(GPT2):
         behind = torch.arange(think_len, device=numbers.device) > self.n_thoughts(thoughts)[:, None]
         return thoughts.masked_fill(behind, self.config.end_thought)
 
-    def thought_log_probs(self, question, thoughts, fixed=True, entropy=False):
+    def thought_log_probs(self, question, thoughts, fixed=True, entropy=False, merge=False):
         """
         Log-probabilities (N, T), with gradient, of thoughts (N, T) after questions (N, S), and if asked for the
-        entropies (N, T); both are 0 behind a row's end_thought.
+        entropies (N, T); both are 0 behind a row's end_thought. merge: see log_probs.
         """
-        both = self.log_probs(question, thoughts, self.thought_range(fixed), entropy=True)
+        both = self.log_probs(question, thoughts, self.thought_range(fixed), entropy=True, merge=merge)
         chosen = torch.arange(thoughts.shape[1], device=thoughts.device) <= self.n_thoughts(thoughts)[:, None]  # (N, T)
         log_probs, entropies = (torch.where(chosen, x, 0.) for x in both)
         return (log_probs, entropies) if entropy else log_probs

@@ -185,7 +185,7 @@ def test_generation_ends_early_when_all_rows_have(monkeypatch):
         model.ln_f.bias.copy_(model.lm_head.weight[0])
         model.lm_head.weight[20:-1] = -model.lm_head.weight[0]
     rollout = model.think(tokens_for(model, 4, 3), 15, fixed=False, temperature=0)
-    assert len(calls) == 2      # the question but its last token, then one step
+    assert calls == [(4, 3)]    # the question, and nothing after it
     assert rollout.mask.sum(1).tolist() == [1] * 4
 
 
