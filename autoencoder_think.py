@@ -8,7 +8,7 @@ L^T = M every code is needed, so that an accuracy of 1 is a perfect one-to-one c
 
     python autoencoder_think.py                                            # M=64, 8 thought tokens, 2 thoughts
     python autoencoder_think.py --input_max=1000 --d_thought_vocab=10 --think_len=3      # 1000 codes for 1000 inputs
-    python autoencoder_think.py --method=reinforce --learning_rate=5e-4 --learning_rate_answer=1e-2 --max_steps=3000
+    python autoencoder_think.py --method=reinforce --learning_rate=5e-4 --max_steps=3000 --eval_every=100 --log_every=20
     python autoencoder_think.py --init_from=resume                         # go on after an interruption
     torchrun --standalone --nproc_per_node=2 autoencoder_think.py          # the same update, by two processes
 
@@ -41,11 +41,11 @@ input_max = 64                  # M: inputs are 0..M-1
 d_thought_vocab = 8             # L: thought tokens
 think_len = 2                   # T: thoughts per input
 batch_size = 1024               # inputs per step, over all processes; all of them where M is less
-max_steps = 60                  # steps; the learning rates fall to zero over their second half
+max_steps = 30                  # steps; the learning rates fall to zero over their second half
 inner_steps = 5                 # of match and sinkhorn: updates per step, with the same pairs
 max_seconds = 1e6               # stop after this wall-clock time
-learning_rate = 3e-3            # of the thinking policy
-learning_rate_answer = 3e-3     # of the answering policy
+learning_rate = 1e-2            # of the thinking policy
+learning_rate_answer = 1e-2     # of the answering policy
 weight_decay = 0.               # of both policies
 warmup_steps = 5                # steps over which learning rates rise
 n_layer = 1                     # of both policies
@@ -57,10 +57,10 @@ rematch = True                  # of match: deal codes out in every step; False:
 unique = True                   # of match: one code to an input; False: each takes its best, whoever else does
 tau = .1                        # temperature of sinkhorn's target, and of gumbel's softmax
 balance_steps = 10              # of sinkhorn: iterations per step
-group_size = 64                 # G: rollouts of an input, of reinforce, like all that follow
+group_size = 128                # G: rollouts of an input, of reinforce, like all that follow
 advantage = 'rloo'              # 'rloo' | 'grpo' | 'dr_grpo' | 'reinforce'
-code_price = 4.                 # price of a code, in nats per log of how often it is written
-memory = .5                     # share of the counts of written codes that is kept per step
+code_price = 8.                 # price of a code, in nats per log of how often it is written
+memory = .9                     # share of the counts of written codes that is kept per step
 entropy_weight = .95            # of a bonus for the entropy of the thinking policy, at the first step
 entropy_end = .4                # its weight at the last step, falling linearly
 logit_noise = 0.                # std of what is added to the logits of thoughts, drawn once per rollout
@@ -261,7 +261,7 @@ def imitate(x, codes):
 def policy_gradient(x, step):
     """Losses of both policies from their own rollouts for inputs x (B,)."""
     bias = logit_noise * world.draw(torch.randn, n_batch, group_size, d_thought_vocab).flatten(0, 1) if logit_noise else 0.
-    thoughts = thinking.think(x[:, None], think_len, n_rollouts=group_size, bias=bias,
+    thoughts = thinking.think(x[:, None], think_len, n_rollouts=group_size, bias=bias, use_cache=False, merge=True,
                               noise=world.draw(torch.rand, n_batch, group_size, think_len).flatten(0, 1)).tokens
     numbers = thinking.number(thoughts).view(-1, group_size)                        # (B, G)
     counts = world.gather(numbers).flatten().bincount(minlength=n_codes)

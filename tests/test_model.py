@@ -175,6 +175,45 @@ def test_fixed_thoughts_hold_no_end_and_variable_ones_end_once():
     assert len(first_end.unique()) > 3
 
 
+@pytest.mark.parametrize('n_thoughts', [1, 3])
+def test_merged_log_probs_equal_those_of_every_row(n_thoughts):
+    model = small_thinker()
+    question = tokens_for(model, 3, 2).repeat_interleave(20, dim=0)
+    thoughts = model.think(question, n_thoughts, fixed=False).tokens
+    found = []
+    for merge in (False, True):
+        model.zero_grad()
+        both = model.thought_log_probs(question, thoughts, fixed=False, entropy=True, merge=merge)
+        (both[0].square().sum() + both[1].sum()).backward()
+        found.append([*both, *(p.grad for p in model.parameters())])
+    for separate, merged in zip(*found):
+        torch.testing.assert_close(merged, separate, atol=1e-3, rtol=1e-4)
+
+
+def test_soft_tokens_equal_tokens_and_have_gradients():
+    model = small_thinker(input_kind='thought', tie_weights=False, output_kind='normal')
+    tokens = tokens_for(model, 4, 5)
+    soft = torch.nn.functional.one_hot(tokens - 20, 7).float().requires_grad_()
+    torch.testing.assert_close(model(soft), model(tokens))
+    # the gradient by a token's weight is the change of logits when there is a little more of it
+    model(soft)[:, -1, 0].sum().backward()
+    more = soft.detach().clone()
+    more[2, 3, 1] += .01
+    change = (model(more) - model(soft))[2, -1, 0].item() / .01
+    assert change == pytest.approx(soft.grad[2, 3, 1].item(), rel=.1, abs=1e-3)
+
+
+@pytest.mark.parametrize('fixed', [True, False])
+def test_numbers_spell_thoughts(fixed):
+    model = small_thinker()
+    thoughts = model.think(tokens_for(model, 50, 2), 3, fixed=fixed).tokens
+    assert torch.equal(model.spell(model.number(thoughts, fixed), 3, fixed), thoughts)
+    numbers = torch.arange((6 + (not fixed)) ** 3)
+    spelled = model.spell(numbers, 3, fixed)
+    assert len(spelled.unique(dim=0)) == (216 if fixed else 1 + 6 + 36 + 216)
+    assert fixed == torch.equal(model.number(spelled, fixed), numbers)
+
+
 def test_generation_ends_early_when_all_rows_have(monkeypatch):
     model = small_thinker()
     calls, hidden = [], model.hidden
