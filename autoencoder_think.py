@@ -15,14 +15,14 @@ L^T = M every code is needed, so that an accuracy of 1 is a perfect one-to-one c
 Four methods say which thoughts are learned from:
 match      The answering policy scores codes for the inputs of the batch, log p(x | code): those that these inputs own,
            and as many that nobody does. They are dealt out anew, one to an input, the best scores first, and both
-           policies learn the pairs by cross-entropy. Who owns what is kept, so that no code has two owners in any batch.
+           policies learn the pairs by cross-entropy. Who owns what is kept, so that no code ever has two owners.
            This is expert iteration with somebody who deals, not a policy gradient.
 sinkhorn   The same with prices in place of owners: thoughts are drawn from a target that balances all inputs over all
            codes, see utils.balanced_target.
-reinforce  The policy gradient (Williams 1992) on sampled thoughts and nothing else, by the advantages of GRPO, RLOO and
+reinforce  The policy gradient (Williams 1992) on sampled thoughts and nothing else, by the advantages of RLOO, GRPO and
            others, but with no importance weights or clipping, as each rollout is used once. A rollout is paid
-           log p(x | thoughts) - code_price * log(how often this code is written, 1 being its share); a bonus for
-           entropy starts near 1 nat per nat, where any code is as good as another, and falls slowly.
+           log p(x | thoughts) - code_price * log(how often its code is written; 1 is its share), and there is a bonus
+           for entropy that begins near 1, where certainty is worth as much as indifference, and falls slowly.
 gumbel     The straight-through Gumbel-softmax (Jang et al. 2017): the answer's gradient passes through the thoughts.
 """
 import math
@@ -57,10 +57,10 @@ rematch = True                  # of match: deal codes out in every step; False:
 unique = True                   # of match: one code to an input; False: each takes its best, whoever else does
 tau = .1                        # temperature of sinkhorn's target, and of gumbel's softmax
 balance_steps = 10              # of sinkhorn: iterations per step
-group_size = 128                # G: rollouts of an input, of reinforce, like all that follow
+group_size = 256                # G: rollouts of an input, of reinforce, like all that follow
 advantage = 'rloo'              # 'rloo' | 'grpo' | 'dr_grpo' | 'reinforce'
 code_price = 8.                 # price of a code, in nats per log of how often it is written
-memory = .9                     # share of the counts of written codes that is kept per step
+memory = .5                     # share of the counts of written codes that is kept per step
 entropy_weight = .95            # of a bonus for the entropy of the thinking policy, at the first step
 entropy_end = .4                # its weight at the last step, falling linearly
 logit_noise = 0.                # std of what is added to the logits of thoughts, drawn once per rollout
@@ -234,7 +234,8 @@ def match(x):
     """Deal slots out to inputs x (B,): those they own and as many that nobody does. Returns codes (B,)."""
     slots = state['slots']
     new = x if rematch else x[slots[x] < 0]
-    free = torch.ones(n_slots + 1, dtype=torch.bool, device=world.device).index_fill(0, slots, False)[:-1].nonzero()[:, 0]
+    free = torch.ones(n_slots + 1, dtype=torch.bool, device=world.device)           # the last one stands for slot -1
+    free = free.index_fill(0, slots, False)[:-1].nonzero()[:, 0]
     free = free[torch.randperm(len(free), generator=world.generator, device=world.device)[:n_batch]]
     own = slots[new].unique()
     choices = torch.cat([own[own >= 0], free])                                      # (C,)
@@ -252,29 +253,29 @@ def balance(x):
 
 def imitate(x, codes):
     """Losses of both policies for inputs x (B,) that are to have these codes (B,)."""
-    thoughts = spell(codes)
-    log_pi, entropy = thinking.thought_log_probs(x[:, None], thoughts, entropy=True)                # (B, T)
-    return {'thinking_loss': -log_pi.sum(1).mean(), 'answering_loss': F.cross_entropy(answering.answer(thoughts).float(), x),
-            'entropy': entropy.sum(1).mean()}
+    thoughts = spell(codes)                                                         # (B, T)
+    return {'thinking_loss': -thinking.thought_log_probs(x[:, None], thoughts).sum(1).mean(),
+            'answering_loss': F.cross_entropy(answering.answer(thoughts).float(), x)}
 
 
 def policy_gradient(x, step):
     """Losses of both policies from their own rollouts for inputs x (B,)."""
-    bias = logit_noise * world.draw(torch.randn, n_batch, group_size, d_thought_vocab).flatten(0, 1) if logit_noise else 0.
-    thoughts = thinking.think(x[:, None], think_len, n_rollouts=group_size, bias=bias, use_cache=False, merge=True,
-                              noise=world.draw(torch.rand, n_batch, group_size, think_len).flatten(0, 1)).tokens
+    noise = world.draw(torch.rand, n_batch, group_size, think_len).flatten(0, 1)
+    bias = world.draw(torch.randn, n_batch, group_size, d_thought_vocab).flatten(0, 1) if logit_noise else 0.
+    thoughts = thinking.think(x[:, None], think_len, n_rollouts=group_size, noise=noise, bias=logit_noise * bias,
+                              use_cache=False, merge=True).tokens                   # (B G, T)
+    log_pi, entropy = (each.sum(1).view(-1, group_size) for each in thinking.thought_log_probs(
+        x.repeat_interleave(group_size)[:, None], thoughts, entropy=True, merge=True))      # (B, G)
+
     numbers = thinking.number(thoughts).view(-1, group_size)                        # (B, G)
     counts = world.gather(numbers).flatten().bincount(minlength=n_codes)
     state['frequency'].lerp_(counts / counts.sum(), 1 - memory)
-
     codes, column = numbers.unique(return_inverse=True)                             # (C,): each is read once
-    log_q = answering.answer(spell(codes)).float().log_softmax(-1)[column, x[:, None]]             # (B, G)
+    log_q = answering.answer(spell(codes)).float().log_softmax(-1)[column, x[:, None]]      # (B, G)
     rewards = log_q.detach() - code_price * (state['frequency'][numbers] * n_codes).log()
     weights = advantages(rewards, advantage, baseline=state['baseline'])            # (B, G)
     state['baseline'].lerp_(world.gather(rewards).mean(), .1)
 
-    log_pi, entropy = (each.sum(1).view(-1, group_size) for each in thinking.thought_log_probs(
-        x.repeat_interleave(group_size)[:, None], thoughts, entropy=True, merge=True))              # (B, G)
     bonus = entropy_weight + (entropy_end - entropy_weight) * step / max_steps
     return {'thinking_loss': -(weights * log_pi).sum(1).mean() - bonus * entropy.mean(),
             'answering_loss': -log_q.mean(), 'entropy': entropy.mean()}

@@ -24,7 +24,7 @@ from model import unpack
 from utils import device_name, fail, git_commit, read_knobs, write_atomic
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
-suite = 'learning'              # 'learning' | 'ablation' | 'variants' | 'thousand' | 'lengths' | 'origin' | 'tables'
+suite = 'learning'              # which table: a name of SUITES below; tables: no runs, only the README
 only = ''                       # names of rows, with commas between; empty: all
 seeds = 5                       # runs of each row, with seeds 0, 1, ...
 parallel = 1                    # runs at once
@@ -41,6 +41,15 @@ THOUSAND = ('--input_max=1000 --think_len=3 --batch_size=8192 --d_model=256 --n_
             '--learning_rate=2e-3 --log_every=50')
 LENGTHS = '--search=False --input_max=64 --d_model=64 --n_head=16 --group_size=4 --max_steps=300 --eval_every=300'
 FORMING = '--d_thought_vocab=100 --think_len=1 --max_steps=200 --eval_every=200'
+PAID = '--method=reinforce --learning_rate=5e-4 --max_steps=3000 --eval_every=100 --log_every=20'
+METHODS = {'match': '', 'sinkhorn': '--method=sinkhorn', 'reinforce': PAID,
+           'gumbel': '--method=gumbel --learning_rate=1e-3 --learning_rate_answer=1e-3 --tau=1 --max_steps=3000 '
+                     '--eval_every=100 --log_every=20'}
+CASES = {   # inputs-tokens-thoughts: knobs
+    '64-64-1': '--d_thought_vocab=64 --think_len=1', '64-8-2': '', '100-10-2': '--input_max=100 --d_thought_vocab=10',
+    '256-4-4': '--input_max=256 --d_thought_vocab=4 --think_len=4',
+    '1000-10-3': '--input_max=1000 --d_thought_vocab=10 --think_len=3',
+    '100-3-3': '--input_max=100 --d_thought_vocab=3 --think_len=3'}
 VARIANTS = {    # row: (knobs, why it learns or does not)
     'search': ('', 'the main job at this size: all codes are scored'),
     'sampled': ('--search=False', 'only codes that the thinking policy wrote'),
@@ -142,8 +151,47 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
         'search': ('cpu', 'add_think_blind', FORMING, ''),
         'sampled': ('cpu', 'add_think_blind', f'{FORMING} --search=False', ''),
     },
+    'code': {f'{method}-{case}': ('cuda' if method == 'reinforce' and case[:2] != '64' else 'cpu', 'autoencoder_think',
+                                  f'{sizes} {how}'.strip(), f'{method}, ({case.replace("-", ", ")})')
+             for case, sizes in CASES.items() for method, how in METHODS.items()},
+    'capacity': {
+        '1000-10-4': ('cuda', 'autoencoder_think', '--input_max=1000 --d_thought_vocab=10 --think_len=4',
+                      'ten times as many codes as inputs'),
+        '4096-8-4': ('cuda', 'autoencoder_think', '--input_max=4096 --d_thought_vocab=8 --think_len=4 '
+                     '--batch_size=4096 --max_steps=50', ''),
+        '10000-10-4': ('cuda', 'autoencoder_think', '--input_max=10000 --d_thought_vocab=10 --think_len=4 '
+                       '--batch_size=10000 --max_steps=80', ''),
+        '65536-16-4': ('cuda', 'autoencoder_think', '--input_max=65536 --d_thought_vocab=16 --think_len=4 '
+                       '--batch_size=8192 --max_steps=400 --eval_every=40 --log_every=10', 'eight batches an epoch'),
+    },
+    'dealt': {
+        'whole': ('cpu', 'autoencoder_think', CASES['256-4-4'], 'the whole recipe'),
+        'init': ('cpu', 'autoencoder_think', f'{CASES["256-4-4"]} --init=gpt2', 'GPT-2\'s small weights'),
+        'unique': ('cpu', 'autoencoder_think', f'{CASES["256-4-4"]} --unique=False', 'codes may have several owners'),
+        'inner': ('cpu', 'autoencoder_think', f'{CASES["256-4-4"]} --inner_steps=1', 'one update per step, not five'),
+        'inner-150': ('cpu', 'autoencoder_think', f'{CASES["256-4-4"]} --inner_steps=1 --max_steps=150',
+                      'the same, as many updates'),
+        'rematch': ('cpu', 'autoencoder_think', f'{CASES["256-4-4"]} --rematch=False', 'dealt once, at the first step'),
+    },
+    'paid': {
+        'whole': ('cuda', 'autoencoder_think', PAID, 'the whole recipe'),
+        'init': ('cuda', 'autoencoder_think', f'{PAID} --init=gpt2', 'GPT-2\'s small weights'),
+        'price': ('cuda', 'autoencoder_think', f'{PAID} --code_price=0', 'codes without a price'),
+        'entropy': ('cuda', 'autoencoder_think', f'{PAID} --entropy_weight=0 --entropy_end=0', 'no bonus for entropy'),
+        'usual-entropy': ('cuda', 'autoencoder_think', f'{PAID} --entropy_weight=.1 --entropy_end=0',
+                          'a bonus as small as is usual'),
+        'group': ('cuda', 'autoencoder_think', f'{PAID} --group_size=8', 'small groups'),
+        'rates': ('cuda', 'autoencoder_think', f'{PAID} --learning_rate_answer=5e-4', 'equal learning rates'),
+        'fast': ('cuda', 'autoencoder_think', f'{PAID} --learning_rate=1e-2', 'equal learning rates, the higher one'),
+        'grpo': ('cuda', 'autoencoder_think', f'{PAID} --advantage=grpo', 'divided by the standard deviation'),
+        'baseline': ('cuda', 'autoencoder_think', f'{PAID} --advantage=reinforce',
+                     'compared with a running mean, not with the group'),
+        'noise': ('cuda', 'autoencoder_think', f'{PAID} --logit_noise=1', 'noise added to logits'),
+        'frozen': ('cuda', 'autoencoder_think', f'{PAID} --frozen=answering', 'the answering policy does not learn'),
+    },
 }
-COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING}    # of all rows
+COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING, 'code': '', 'capacity': '',
+          'dealt': CASES['256-4-4'], 'paid': PAID}     # of all rows
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
 
@@ -162,10 +210,16 @@ def run(suite, row, seed, folder, *more):
 
 
 def learn(suite, row, seed):
-    """The last line of a run, and the step at which 99% of held-out questions were first right."""
+    """
+    The last line of a run, and the step at which 99% of held-out questions were first right; where none is held out,
+    the seconds after which all answers were.
+    """
     folder, result = run(suite, row, seed, seed)
-    log = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
-    result['step_of_99'] = next((line['step'] for line in log if line.get('heldout_accuracy', 0) >= .99), None)
+    log = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    if 'heldout_accuracy' in result:
+        result['step_of_99'] = next((line['step'] for line in log if line.get('heldout_accuracy', 0) >= .99), None)
+    else:
+        result['seconds_to_all'] = next((line['seconds'] for line in log if line.get('accuracy') == 1), None)
     print(f'{row} {json.dumps(result)}', flush=True)
     return result
 
@@ -237,6 +291,12 @@ def columns(suite, runs):
     if suite == 'lengths':
         return {'thoughts': spread([run.get('thoughts', run['changed'].get('think_len', 2)) for run in runs], 1),
                 'seconds': spread([run['seconds'] for run in runs], 1)}
+    if suite in ('code', 'capacity', 'dealt', 'paid'):
+        reached = [run['seconds_to_all'] for run in runs if run['seconds_to_all'] is not None]
+        return {'accuracy': spread([run['accuracy'] for run in runs], 3),
+                'codes': spread([run['codes'] for run in runs], 0),
+                'all right after, s': f'{spread(reached, 1)}, {len(reached)} of {len(runs)}' if reached else 'never',
+                'seconds': spread([run['seconds'] for run in runs], 1)}
     said = {'training': spread([run['accuracy'] for run in runs], 4),
             'held out': spread([run['heldout_accuracy'] for run in runs], 4)}
     if suite == 'learning':
@@ -259,8 +319,9 @@ def columns(suite, runs):
 
 def table(suite):
     """A suite's table in Markdown, from the result files there are. What all rows have in common is said above it."""
-    rows, said, common = [], [], f'python add_think_blind.py {COMMON.get(suite, "")}'
-    for row, (_, _, _, what) in SUITES[suite].items():
+    rows, said = [], []
+    for row, (_, script, _, what) in SUITES[suite].items():
+        common = f'python {script}.py {COMMON.get(suite, "")}'.strip()
         if (path := RESULTS / f'{suite}-{row}.json').exists():
             result = json.loads(path.read_text())
             at_once = f', {result["parallel"]} at once' if result.get('parallel', 1) > 1 else ''
@@ -290,6 +351,8 @@ def write_tables():
 
 
 # ---- run ------------------------------------------------------------------------------------------------------------
+if suite not in (*SUITES, 'tables'):
+    fail(f'--suite={suite} must be one of {", ".join(SUITES)}, tables')
 if suite != 'tables':
     for row in only.split(',') if only else ():
         if row not in SUITES[suite]:

@@ -59,7 +59,8 @@ def need(package, purpose):
 
 LIMITS = {  # smallest and largest value of a knob; the others may be anything from 0 to 2**31 - 1
     'input_max': (2, 2**31 - 1),
-    **dict.fromkeys(('max_steps', 'inner_steps', 'eval_every', 'eval_questions', 'log_every', 'seeds', 'parallel'), (1, 2**31 - 1)),
+    **dict.fromkeys(('max_steps', 'inner_steps', 'eval_every', 'eval_questions', 'log_every', 'seeds', 'parallel'),
+                    (1, 2**31 - 1)),
     **dict.fromkeys(('batch_size', 'group_size', 'd_thought_vocab', 'd_model'), (1, 2**20)),
     **dict.fromkeys(('think_len', 'n_layer', 'n_head', 'n_adds'), (1, 2**12)),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),

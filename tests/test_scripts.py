@@ -23,9 +23,11 @@ THINKING = [script for script in SCRIPTS if script != 'add_normal']
 SCORE = {script: 'heldout_accuracy' if script.startswith('add') else 'accuracy' for script in SCRIPTS}
 VARIANTS = {    # of scripts: what else must be resumed, and shared by processes
     'sampled': ['add_think_blind', '--search=False', '--group_size=4', '--think_len=2'],
-    'reinforce': ['add_think_blind', '--search=False', '--advantage=reinforce', '--group_size=4', '--epsilon=.3', '--epsilon_steps=30',
-                  '--logit_noise=.5', '--temperature=1.5', '--top_k=5', '--top_p=.9', '--entropy_weight=.1'],
-    'one model': ['add_think_blind', '--split=False', '--search=False', '--advantage=softmax', '--fixed=False', '--think_len=2'],
+    'reinforce': ['add_think_blind', '--search=False', '--advantage=reinforce', '--group_size=4', '--epsilon=.3',
+                  '--epsilon_steps=30', '--logit_noise=.5', '--temperature=1.5', '--top_k=5', '--top_p=.9',
+                  '--entropy_weight=.1'],
+    'one model': ['add_think_blind', '--split=False', '--search=False', '--advantage=softmax', '--fixed=False',
+                  '--think_len=2'],
     'many codes': ['add_think_blind', '--think_len=8', '--group_size=2', '--n_adds=3', '--balance_steps=3'],
     'many written': ['add_think_blind', '--think_len=8', '--group_size=2', '--search=False', '--dtype=bfloat16'],
     'code by reinforce': ['autoencoder_think', '--method=reinforce', '--advantage=reinforce', '--group_size=4',
