@@ -42,8 +42,9 @@ THOUSAND = ('--input_max=1000 --think_len=3 --batch_size=8192 --d_model=256 --n_
 LENGTHS = '--search=False --input_max=64 --d_model=64 --n_head=16 --group_size=4 --max_steps=300 --eval_every=300'
 FORMING = '--d_thought_vocab=100 --think_len=1 --max_steps=200 --eval_every=200'
 PAID = '--method=reinforce --learning_rate=5e-4 --max_steps=3000 --eval_every=100 --log_every=20'
+SMALL_PAID = f'--d_thought_vocab=64 --think_len=1 {PAID.replace("3000", "2000")}'
 METHODS = {'match': '', 'sinkhorn': '--method=sinkhorn', 'reinforce': PAID,
-           'gumbel': '--method=gumbel --learning_rate=1e-3 --learning_rate_answer=1e-3 --tau=1 --max_steps=3000 '
+           'gumbel': '--method=gumbel --learning_rate=1e-3 --learning_rate_answer=1e-3 --tau=8 --max_steps=4000 '
                      '--eval_every=100 --log_every=20'}
 CASES = {   # inputs-tokens-thoughts: knobs
     '64-64-1': '--d_thought_vocab=64 --think_len=1', '64-8-2': '', '100-10-2': '--input_max=100 --d_thought_vocab=10',
@@ -173,25 +174,24 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
                       'the same, as many updates'),
         'rematch': ('cpu', 'autoencoder_think', f'{CASES["256-4-4"]} --rematch=False', 'dealt once, at the first step'),
     },
-    'paid': {
-        'whole': ('cuda', 'autoencoder_think', PAID, 'the whole recipe'),
-        'init': ('cuda', 'autoencoder_think', f'{PAID} --init=gpt2', 'GPT-2\'s small weights'),
-        'price': ('cuda', 'autoencoder_think', f'{PAID} --code_price=0', 'codes without a price'),
-        'entropy': ('cuda', 'autoencoder_think', f'{PAID} --entropy_weight=0 --entropy_end=0', 'no bonus for entropy'),
-        'usual-entropy': ('cuda', 'autoencoder_think', f'{PAID} --entropy_weight=.1 --entropy_end=0',
-                          'a bonus as small as is usual'),
-        'group': ('cuda', 'autoencoder_think', f'{PAID} --group_size=8', 'small groups'),
-        'rates': ('cuda', 'autoencoder_think', f'{PAID} --learning_rate_answer=5e-4', 'equal learning rates'),
-        'fast': ('cuda', 'autoencoder_think', f'{PAID} --learning_rate=1e-2', 'equal learning rates, the higher one'),
-        'grpo': ('cuda', 'autoencoder_think', f'{PAID} --advantage=grpo', 'divided by the standard deviation'),
-        'baseline': ('cuda', 'autoencoder_think', f'{PAID} --advantage=reinforce',
-                     'compared with a running mean, not with the group'),
-        'noise': ('cuda', 'autoencoder_think', f'{PAID} --logit_noise=1', 'noise added to logits'),
-        'frozen': ('cuda', 'autoencoder_think', f'{PAID} --frozen=answering', 'the answering policy does not learn'),
-    },
+    'paid': {row: ('cuda', 'autoencoder_think', f'{SMALL_PAID} {knobs}'.strip(), what) for row, (knobs, what) in {
+        'whole': ('', 'the whole recipe'),
+        'init': ('--init=gpt2', "GPT-2's small weights"),
+        'price': ('--code_price=0', 'codes without a price'),
+        'entropy': ('--entropy_weight=0 --entropy_end=0', 'no bonus for entropy'),
+        'usual-entropy': ('--entropy_weight=.1 --entropy_end=0', 'a bonus as small as is usual'),
+        'both': ('--code_price=0 --entropy_weight=.1 --entropy_end=0', 'a small bonus and no price'),
+        'group': ('--group_size=8', 'small groups'),
+        'rates': ('--learning_rate_answer=5e-4', 'equal learning rates, the lower one'),
+        'fast': ('--learning_rate=1e-2', 'equal learning rates, the higher one'),
+        'grpo': ('--advantage=grpo', 'divided by the standard deviation'),
+        'baseline': ('--advantage=reinforce', 'compared with a running mean, not with the group'),
+        'noise': ('--logit_noise=1', 'noise added to logits'),
+        'frozen': ('--frozen=answering', 'the answering policy does not learn'),
+    }.items()},
 }
 COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING, 'code': '', 'capacity': '',
-          'dealt': CASES['256-4-4'], 'paid': PAID}     # of all rows
+          'dealt': CASES['256-4-4'], 'paid': SMALL_PAID}     # of all rows
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
 
