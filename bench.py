@@ -41,16 +41,22 @@ THOUSAND = ('--input_max=1000 --think_len=3 --batch_size=8192 --d_model=256 --n_
             '--learning_rate=2e-3 --log_every=50')
 LENGTHS = '--search=False --input_max=64 --d_model=64 --n_head=16 --group_size=4 --max_steps=300 --eval_every=300'
 FORMING = '--d_thought_vocab=100 --think_len=1 --max_steps=200 --eval_every=200'
-PAID = '--method=reinforce --learning_rate=5e-4 --max_steps=3000 --eval_every=100 --log_every=20'
-SMALL_PAID = f'--d_thought_vocab=64 --think_len=1 {PAID.replace("3000", "2000")}'
-METHODS = {'match': '', 'sinkhorn': '--method=sinkhorn', 'reinforce': PAID,
-           'gumbel': '--method=gumbel --learning_rate=1e-3 --learning_rate_answer=1e-3 --tau=8 --max_steps=4000 '
-                     '--eval_every=100 --log_every=20'}
-CASES = {   # inputs-tokens-thoughts: knobs
-    '64-64-1': '--d_thought_vocab=64 --think_len=1', '64-8-2': '', '100-10-2': '--input_max=100 --d_thought_vocab=10',
-    '256-4-4': '--input_max=256 --d_thought_vocab=4 --think_len=4',
-    '1000-10-3': '--input_max=1000 --d_thought_vocab=10 --think_len=3',
-    '100-3-3': '--input_max=100 --d_thought_vocab=3 --think_len=3'}
+def paid(max_steps, group_size=256):
+    more = f' --group_size={group_size}' if group_size != 256 else ''
+    return f'--method=reinforce --learning_rate=5e-4 --max_steps={max_steps}{more} --eval_every=100 --log_every=20'
+
+
+GUMBEL = ('--method=gumbel --learning_rate=1e-3 --learning_rate_answer=1e-3 --tau=8 --max_steps=4000 --eval_every=100 '
+          '--log_every=20')
+CASES = {   # inputs-tokens-thoughts: (knobs, those of reinforce)
+    '64-64-1': ('--d_thought_vocab=64 --think_len=1', paid(3000)),
+    '64-8-2': ('', paid(3000)),
+    '100-10-2': ('--input_max=100 --d_thought_vocab=10', paid(4000)),
+    '256-4-4': ('--input_max=256 --d_thought_vocab=4 --think_len=4', paid(6000, 128)),
+    '1000-10-3': ('--input_max=1000 --d_thought_vocab=10 --think_len=3', paid(6000, 64)),
+}
+DEALT = CASES['256-4-4'][0]
+PAID = f'--d_thought_vocab=64 --think_len=1 {paid(2000)}'
 VARIANTS = {    # row: (knobs, why it learns or does not)
     'search': ('', 'the main job at this size: all codes are scored'),
     'sampled': ('--search=False', 'only codes that the thinking policy wrote'),
@@ -152,9 +158,15 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
         'search': ('cpu', 'add_think_blind', FORMING, ''),
         'sampled': ('cpu', 'add_think_blind', f'{FORMING} --search=False', ''),
     },
-    'code': {f'{method}-{case}': ('cuda' if method == 'reinforce' and case[:2] != '64' else 'cpu', 'autoencoder_think',
-                                  f'{sizes} {how}'.strip(), f'{method}, ({case.replace("-", ", ")})')
-             for case, sizes in CASES.items() for method, how in METHODS.items()},
+    'code': {
+        **{f'{method}-{case}': ('cuda' if method in ('reinforce', 'gumbel') and case[:2] != '64' else 'cpu',
+                                'autoencoder_think', f'{sizes} {how}'.strip(), f'{method} ({case.replace("-", ", ")})')
+           for case, (sizes, by_reward) in CASES.items()
+           for method, how in (('match', ''), ('sinkhorn', '--method=sinkhorn'), ('reinforce', by_reward),
+                               ('gumbel', GUMBEL))},
+        'match-100-3-3': ('cpu', 'autoencoder_think', '--input_max=100 --d_thought_vocab=3 --think_len=3',
+                          'match (100, 3, 3): 27 codes, .27 at best'),
+    },
     'capacity': {
         '1000-10-4': ('cuda', 'autoencoder_think', '--input_max=1000 --d_thought_vocab=10 --think_len=4',
                       'ten times as many codes as inputs'),
@@ -166,15 +178,15 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
                        '--batch_size=8192 --max_steps=400 --eval_every=40 --log_every=10', 'eight batches an epoch'),
     },
     'dealt': {
-        'whole': ('cpu', 'autoencoder_think', CASES['256-4-4'], 'the whole recipe'),
-        'init': ('cpu', 'autoencoder_think', f'{CASES["256-4-4"]} --init=gpt2', 'GPT-2\'s small weights'),
-        'unique': ('cpu', 'autoencoder_think', f'{CASES["256-4-4"]} --unique=False', 'codes may have several owners'),
-        'inner': ('cpu', 'autoencoder_think', f'{CASES["256-4-4"]} --inner_steps=1', 'one update per step, not five'),
-        'inner-150': ('cpu', 'autoencoder_think', f'{CASES["256-4-4"]} --inner_steps=1 --max_steps=150',
+        'whole': ('cpu', 'autoencoder_think', DEALT, 'the whole recipe'),
+        'init': ('cpu', 'autoencoder_think', f'{DEALT} --init=gpt2', 'GPT-2\'s small weights'),
+        'unique': ('cpu', 'autoencoder_think', f'{DEALT} --unique=False', 'codes may have several owners'),
+        'inner': ('cpu', 'autoencoder_think', f'{DEALT} --inner_steps=1', 'one update per step, not five'),
+        'inner-150': ('cpu', 'autoencoder_think', f'{DEALT} --inner_steps=1 --max_steps=150',
                       'the same, as many updates'),
-        'rematch': ('cpu', 'autoencoder_think', f'{CASES["256-4-4"]} --rematch=False', 'dealt once, at the first step'),
+        'rematch': ('cpu', 'autoencoder_think', f'{DEALT} --rematch=False', 'dealt once, at the first step'),
     },
-    'paid': {row: ('cuda', 'autoencoder_think', f'{SMALL_PAID} {knobs}'.strip(), what) for row, (knobs, what) in {
+    'paid': {row: ('cuda', 'autoencoder_think', f'{PAID} {knobs}'.strip(), what) for row, (knobs, what) in {
         'whole': ('', 'the whole recipe'),
         'init': ('--init=gpt2', "GPT-2's small weights"),
         'price': ('--code_price=0', 'codes without a price'),
@@ -191,7 +203,7 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     }.items()},
 }
 COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING, 'code': '', 'capacity': '',
-          'dealt': CASES['256-4-4'], 'paid': SMALL_PAID}     # of all rows
+          'dealt': DEALT, 'paid': PAID}     # of all rows
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
 
