@@ -55,6 +55,7 @@ CASES = {   # inputs-tokens-thoughts: (knobs, those of reinforce)
     '256-4-4': ('--input_max=256 --d_thought_vocab=4 --think_len=4', paid(6000, 128)),
     '1000-10-3': ('--input_max=1000 --d_thought_vocab=10 --think_len=3', paid(6000, 64)),
 }
+SLOWER = '--learning_rate=3e-3 --learning_rate_answer=3e-3'
 DEALT = CASES['256-4-4'][0]
 PAID = f'--d_thought_vocab=64 --think_len=1 {paid(2000)}'
 VARIANTS = {    # row: (knobs, why it learns or does not)
@@ -171,11 +172,11 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
         '1000-10-4': ('cuda', 'autoencoder_think', '--input_max=1000 --d_thought_vocab=10 --think_len=4',
                       'ten times as many codes as inputs'),
         '4096-8-4': ('cuda', 'autoencoder_think', '--input_max=4096 --d_thought_vocab=8 --think_len=4 '
-                     '--batch_size=4096 --max_steps=50', ''),
+                     f'--batch_size=4096 --max_steps=100 {SLOWER}', 'every code is needed, as in the next two'),
         '10000-10-4': ('cuda', 'autoencoder_think', '--input_max=10000 --d_thought_vocab=10 --think_len=4 '
-                       '--batch_size=10000 --max_steps=80', ''),
+                       f'--batch_size=10000 --max_steps=150 {SLOWER}', ''),
         '65536-16-4': ('cuda', 'autoencoder_think', '--input_max=65536 --d_thought_vocab=16 --think_len=4 '
-                       '--batch_size=8192 --max_steps=400 --eval_every=40 --log_every=10', 'eight batches an epoch'),
+                       f'--batch_size=8192 --max_steps=500 --eval_every=20 {SLOWER}', 'eight batches an epoch'),
     },
     'dealt': {
         'whole': ('cpu', 'autoencoder_think', DEALT, 'the whole recipe'),
