@@ -234,13 +234,14 @@ def match(x):
     """Deal slots out to inputs x (B,): those they own and as many that nobody does. Returns codes (B,)."""
     slots = state['slots']
     new = x if rematch else x[slots[x] < 0]
-    free = torch.ones(n_slots + 1, dtype=torch.bool, device=world.device)           # the last one stands for slot -1
-    free = free.index_fill(0, slots, False)[:-1].nonzero()[:, 0]
-    free = free[torch.randperm(len(free), generator=world.generator, device=world.device)[:n_batch]]
-    own = slots[new].unique()
-    choices = torch.cat([own[own >= 0], free])                                      # (C,)
-    scores = score(choices % n_codes, new)                                          # (B, C)
-    slots[new] = choices[one_to_one(scores) if unique else scores.argmax(1)]
+    if len(new):
+        free = torch.ones(n_slots + 1, dtype=torch.bool, device=world.device)       # the last one stands for slot -1
+        free = free.index_fill(0, slots, False)[:-1].nonzero()[:, 0]
+        free = free[torch.randperm(len(free), generator=world.generator, device=world.device)[:n_batch]]
+        own = slots[new].unique()
+        choices = torch.cat([own[own >= 0], free])                                  # (C,)
+        scores = score(choices % n_codes, new)                                      # (B, C)
+        slots[new] = choices[one_to_one(scores) if unique else scores.argmax(1)]
     return slots[x] % n_codes
 
 

@@ -169,7 +169,7 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
                           'match (100, 3, 3): 27 codes, .27 at best'),
     },
     'capacity': {
-        '1000-10-4': ('cuda', 'autoencoder_think', '--input_max=1000 --d_thought_vocab=10 --think_len=4',
+        '1000-10-4': ('cpu', 'autoencoder_think', '--input_max=1000 --d_thought_vocab=10 --think_len=4',
                       'ten times as many codes as inputs'),
         '4096-8-4': ('cuda', 'autoencoder_think', '--input_max=4096 --d_thought_vocab=8 --think_len=4 '
                      f'--batch_size=4096 --max_steps=100 {SLOWER}', 'every code is needed, as in the next two'),
