@@ -182,18 +182,21 @@ def evaluate(step):
 
 
 def draw_growth():
-    """How the code grew: accuracy, distinct codes and bits over the steps, stand-alone HTML."""
+    """How the code grew: accuracy, distinct codes and bits over the steps; dotted what can be had. Stand-alone HTML."""
     subplots = need('plotly.subplots', 'to draw pictures')
-    figure = subplots.make_subplots(3, 1, shared_xaxes=True, vertical_spacing=.06)
+    figure = subplots.make_subplots(3, 1, shared_xaxes=True, vertical_spacing=.04)
     for row, name, title, colour, limit in (
             (1, 'accuracy', 'accuracy', 'seagreen', best_accuracy),
             (2, 'codes', 'distinct codes', 'firebrick', n_codes),
-            (3, 'bits_written', 'bits about x, written', 'darkorange', think_len * math.log2(d_thought_vocab)),
-            (3, 'bits', 'bits about x: written, and read', 'teal', math.log2(input_max))):
+            (3, 'bits_written', 'bits written', 'darkorange', think_len * math.log2(d_thought_vocab)),
+            (3, 'bits', 'bits read', 'teal', math.log2(input_max))):
         run.draw_curve(figure, name, title, colour, row=row, col=1)
         figure.add_hline(limit, line_dash='dot', line_color='gray', row=row, col=1)
+        if row < 3:
+            figure.update_xaxes(title='', row=row, col=1)
+    figure.update_yaxes(title='bits about the input', color='black', row=3, col=1)
     figure.update_layout(title=f'{method}: a code for {input_max} inputs of {think_len} thoughts, each one of '
-                         f'{d_thought_vocab}', width=900, height=800, showlegend=False)
+                         f'{d_thought_vocab}', width=900, height=800, legend={'orientation': 'h', 'y': 1.07})
     run.picture('growth.html', figure)
 
 

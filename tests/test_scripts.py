@@ -369,7 +369,7 @@ def test_the_picture_of_a_growing_code(run_here, tmp_path):
     pytest.importorskip('plotly')
     assert run_here('autoencoder_think', f'--out_dir={tmp_path}/a', '--plot=True')[0] == 0
     page = (tmp_path / 'a/growth.html').read_text()
-    assert all(title in page for title in ('accuracy', 'distinct codes', 'bits about x'))
+    assert all(title in page for title in ('accuracy', 'distinct codes', 'bits written', 'bits read'))
 
 
 # ---- interruption
