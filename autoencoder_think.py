@@ -9,6 +9,7 @@ L^T = M every code is needed, so that an accuracy of 1 is a perfect one-to-one c
     python autoencoder_think.py                                            # M=64, 8 thought tokens, 2 thoughts
     python autoencoder_think.py --input_max=1000 --d_thought_vocab=10 --think_len=3      # 1000 codes for 1000 inputs
     python autoencoder_think.py --method=reinforce --learning_rate=5e-4 --max_steps=3000 --eval_every=100 --log_every=20
+    python autoencoder_think.py --method=gumbel --tau=8 --learning_rate=1e-3 --learning_rate_answer=1e-3 --max_steps=999
     python autoencoder_think.py --init_from=resume                         # go on after an interruption
     torchrun --standalone --nproc_per_node=2 autoencoder_think.py          # the same update, by two processes
 
@@ -19,10 +20,12 @@ match      The answering policy scores codes for the inputs of the batch, log p(
            This is expert iteration with somebody who deals, not a policy gradient.
 sinkhorn   The same with prices in place of owners: thoughts are drawn from a target that balances all inputs over all
            codes, see utils.balanced_target.
-reinforce  The policy gradient (Williams 1992) on sampled thoughts and nothing else, by the advantages of RLOO, GRPO and
-           others, but with no importance weights or clipping, as each rollout is used once. A rollout is paid
-           log p(x | thoughts) - code_price * log(how often its code is written; 1 is its share), and there is a bonus
-           for entropy that begins near 1, where certainty is worth as much as indifference, and falls slowly.
+reinforce  The policy gradient (Williams 1992) on the thinking policy's own rollouts, by the advantages of RLOO, GRPO or
+           others. A rollout is paid log p(x | thoughts) - code_price * log(how often its code is written; 1 is its
+           share), and there is a bonus for entropy that begins near 1, where certainty is worth as much as
+           indifference, and falls slowly. The answering policy learns from all rollouts by cross-entropy. Left out:
+           importance weights (also with logit_noise, which changes how rollouts are sampled), clipping, as each rollout
+           is used once, and what an early thought does to the entropy of later ones.
 gumbel     The straight-through Gumbel-softmax (Jang et al. 2017): the answer's gradient passes through the thoughts.
 """
 import math
@@ -57,12 +60,12 @@ rematch = True                  # of match: deal codes out in every step; False:
 unique = True                   # of match: one code to an input; False: each takes its best, whoever else does
 tau = .1                        # temperature of sinkhorn's target, and of gumbel's softmax
 balance_steps = 10              # of sinkhorn: iterations per step
-group_size = 256                # G: rollouts of an input, of reinforce, like all that follow
+group_size = 256                # of reinforce, as the next six: G, rollouts of an input
 advantage = 'rloo'              # 'rloo' | 'grpo' | 'dr_grpo' | 'reinforce'
 code_price = 8.                 # price of a code, in nats per log of how often it is written
-memory = .5                     # share of the counts of written codes that is kept per step
+memory = .5                     # share of the counts of written codes that is kept per step, below 1
 entropy_weight = .95            # of a bonus for the entropy of the thinking policy, at the first step
-entropy_end = .4                # its weight at the last step, falling linearly
+entropy_end = .4                # its weight at the end, reached linearly
 logit_noise = 0.                # std of what is added to the logits of thoughts, drawn once per rollout
 eval_every = 10                 # steps between evaluations, each with a checkpoint and samples
 log_every = 1                   # steps between lines of metrics.jsonl
@@ -78,15 +81,19 @@ plot = False                    # draw how the code grew at the end: growth.html
 # ---- set-up ---------------------------------------------------------------------------------------------------------
 
 knobs = read_knobs(__file__, globals())
-if think_len * math.log2(d_thought_vocab) > 24:
-    fail(f'd_thought_vocab={d_thought_vocab} and think_len={think_len} make over 2^24 codes, too many to keep a table')
+if max(think_len * math.log2(d_thought_vocab), math.log2(input_max)) > 24:
+    fail(f'over 2^24 codes or inputs are too many to keep tables of: d_thought_vocab={d_thought_vocab}, '
+         f'think_len={think_len}, input_max={input_max}')
 n_codes = d_thought_vocab ** think_len
+n_slots = max(n_codes, input_max)       # where codes are few, each has as many slots as it can have inputs
+n_batch = min(batch_size, input_max)
 if method == 'sinkhorn' and input_max * n_codes > 2**26:
     fail(f'sinkhorn scores {input_max} inputs x {n_codes} codes, over 2^26: --method=match')
+if method == 'match' and n_batch * min(2 * n_batch, n_slots) > 2**29:
+    fail(f'match scores {n_batch} inputs x twice as many codes, over 2^29: a smaller --batch_size')
 if method == 'reinforce' and group_size < 2 and advantage != 'reinforce':
     fail(f'advantage={advantage} compares the rollouts of a group: group_size={group_size} must be at least 2')
 world = World(knobs)
-n_batch = min(batch_size, input_max)
 if n_batch % world.size:
     fail(f'{n_batch} inputs per step cannot be shared by {world.size} processes, pass another --batch_size')
 
@@ -110,7 +117,6 @@ if frozen != 'none':
 # ---- codes: thoughts as one number, see GPT2Thinking.number; an input's slot is the code number slot % n_codes ------
 
 thought_tokens = thinking.thought_range(fixed=True)
-n_slots = max(n_codes, input_max)       # where codes are few, each has as many slots as it can have inputs
 
 
 def spell(numbers):
@@ -124,8 +130,8 @@ optimizers = [make_optimizer(thinking, learning_rate, weight_decay),
 run = Run(knobs, world, optimizers)
 state = {'order': inputs,                                           # of the inputs in this epoch
          'slots': torch.full((input_max,), -1),                     # which slot each input owns, -1 none yet
-         'prices': torch.zeros(n_codes),                            # what balanced_target asks for a code
-         'frequency': torch.full((n_codes,), 1 / n_codes),          # how often each code is written
+         'prices': torch.zeros(n_codes * (method == 'sinkhorn')),   # what balanced_target asks for a code
+         'frequency': torch.full((n_codes * (method == 'reinforce'),), 1 / n_codes),    # how often each is written
          'baseline': torch.tensor(-math.log(input_max))}            # running mean of rewards, for reinforce
 if init_from == 'resume':
     state = {name: knobs.checkpoint[name] for name in state}
@@ -166,10 +172,10 @@ def evaluate(step):
     """Report on every input, show a few, keep the best checkpoint. Returns the numbers."""
     thoughts = think_greedily()
     answers, accuracy, bits = judge(thoughts)
-    counts = thinking.number(thoughts).unique(return_counts=True)[1]
+    counts = thinking.number(thoughts).unique(return_counts=True)[1].double()
     result = {'codes': len(counts),
               # I(x; greedy thoughts), exact: the entropy of the code, as x decides it and is uniform
-              'bits_written': math.log2(input_max) - (counts * counts.log2()).sum().item() / input_max,
+              'bits_written': max(0., math.log2(input_max) - (counts * counts.log2()).sum().item() / input_max),
               'bits': bits, 'accuracy': accuracy}
     run.report(step, **result)
     for x, row, answer in zip(inputs[:3], thoughts, answers):
@@ -185,11 +191,12 @@ def draw_growth():
     """How the code grew: accuracy, distinct codes and bits over the steps; dotted what can be had. Stand-alone HTML."""
     subplots = need('plotly.subplots', 'to draw pictures')
     figure = subplots.make_subplots(3, 1, shared_xaxes=True, vertical_spacing=.04)
+    most = min(n_codes, input_max)
     for row, name, title, colour, limit in (
             (1, 'accuracy', 'accuracy', 'seagreen', best_accuracy),
-            (2, 'codes', 'distinct codes', 'firebrick', n_codes),
-            (3, 'bits_written', 'bits written', 'darkorange', think_len * math.log2(d_thought_vocab)),
-            (3, 'bits', 'bits read', 'teal', math.log2(input_max))):
+            (2, 'codes', 'distinct codes', 'firebrick', most),
+            (3, 'bits_written', 'bits written', 'darkorange', math.log2(most)),
+            (3, 'bits', 'bits read', 'teal', math.log2(most))):
         run.draw_curve(figure, name, title, colour, row=row, col=1)
         figure.add_hline(limit, line_dash='dot', line_color='gray', row=row, col=1)
         if row < 3:
@@ -220,7 +227,7 @@ def score(codes, x):
 def one_to_one(scores):
     """
     A column of its own for every row of scores (n, m), n <= m, the highest scores first: pairs that are each other's
-    best are taken out until no row is left. Returns columns (n,).
+    best are taken out until no row is left. Of columns that are alike one goes per round. Returns columns (n,).
     """
     chosen = torch.full(scores.shape[:1], -1, device=scores.device)
     rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape)

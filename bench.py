@@ -32,6 +32,13 @@ parallel = 1                    # runs at once
 knobs = read_knobs(__file__, globals())
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
+
+def by_reward(max_steps, group_size=256):
+    """Knobs of autoencoder_think for learning by reward."""
+    more = f' --group_size={group_size}' if group_size != 256 else ''
+    return f'--method=reinforce --learning_rate=5e-4 --max_steps={max_steps}{more} --eval_every=100 --log_every=20'
+
+
 DIGITS = '--encoding=digits --input_max=1000 --max_steps=1000'
 EXPLORE = '--epsilon=.2 --epsilon_steps=500 --entropy_weight=.01'
 ENTROPY = '--entropy_weight=.03'
@@ -41,23 +48,18 @@ THOUSAND = ('--input_max=1000 --think_len=3 --batch_size=8192 --d_model=256 --n_
             '--learning_rate=2e-3 --log_every=50')
 LENGTHS = '--search=False --input_max=64 --d_model=64 --n_head=16 --group_size=4 --max_steps=300 --eval_every=300'
 FORMING = '--d_thought_vocab=100 --think_len=1 --max_steps=200 --eval_every=200'
-def paid(max_steps, group_size=256):
-    more = f' --group_size={group_size}' if group_size != 256 else ''
-    return f'--method=reinforce --learning_rate=5e-4 --max_steps={max_steps}{more} --eval_every=100 --log_every=20'
-
-
 GUMBEL = ('--method=gumbel --learning_rate=1e-3 --learning_rate_answer=1e-3 --tau=8 --max_steps=4000 --eval_every=100 '
           '--log_every=20')
 CASES = {   # inputs-tokens-thoughts: (knobs, those of reinforce)
-    '64-64-1': ('--d_thought_vocab=64 --think_len=1', paid(3000)),
-    '64-8-2': ('', paid(3000)),
-    '100-10-2': ('--input_max=100 --d_thought_vocab=10', paid(4000)),
-    '256-4-4': ('--input_max=256 --d_thought_vocab=4 --think_len=4', paid(6000, 128)),
-    '1000-10-3': ('--input_max=1000 --d_thought_vocab=10 --think_len=3', paid(6000, 64)),
+    '64-64-1': ('--d_thought_vocab=64 --think_len=1', by_reward(3000)),
+    '64-8-2': ('', by_reward(3000)),
+    '100-10-2': ('--input_max=100 --d_thought_vocab=10', by_reward(4000)),
+    '256-4-4': ('--input_max=256 --d_thought_vocab=4 --think_len=4', by_reward(6000, 128)),
+    '1000-10-3': ('--input_max=1000 --d_thought_vocab=10 --think_len=3', by_reward(6000, 64)),
 }
 SLOWER = '--learning_rate=3e-3 --learning_rate_answer=3e-3'
 DEALT = CASES['256-4-4'][0]
-PAID = f'--d_thought_vocab=64 --think_len=1 {paid(2000)}'
+PAID = f'--d_thought_vocab=64 --think_len=1 {by_reward(2000)}'
 VARIANTS = {    # row: (knobs, why it learns or does not)
     'search': ('', 'the main job at this size: all codes are scored'),
     'sampled': ('--search=False', 'only codes that the thinking policy wrote'),
@@ -162,8 +164,8 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     'code': {
         **{f'{method}-{case}': ('cuda' if method in ('reinforce', 'gumbel') and case[:2] != '64' else 'cpu',
                                 'autoencoder_think', f'{sizes} {how}'.strip(), f'{method} ({case.replace("-", ", ")})')
-           for case, (sizes, by_reward) in CASES.items()
-           for method, how in (('match', ''), ('sinkhorn', '--method=sinkhorn'), ('reinforce', by_reward),
+           for case, (sizes, reinforce) in CASES.items()
+           for method, how in (('match', ''), ('sinkhorn', '--method=sinkhorn'), ('reinforce', reinforce),
                                ('gumbel', GUMBEL))},
         'match-100-3-3': ('cpu', 'autoencoder_think', '--input_max=100 --d_thought_vocab=3 --think_len=3',
                           'match (100, 3, 3): 27 codes, .27 at best'),
@@ -225,14 +227,15 @@ def run(suite, row, seed, folder, *more):
 def learn(suite, row, seed):
     """
     The last line of a run, and the step at which 99% of held-out questions were first right; where none is held out,
-    the seconds after which all answers were.
+    the step and the seconds at which all answers were.
     """
     folder, result = run(suite, row, seed, seed)
     log = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     if 'heldout_accuracy' in result:
         result['step_of_99'] = next((line['step'] for line in log if line.get('heldout_accuracy', 0) >= .99), None)
     else:
-        result['seconds_to_all'] = next((line['seconds'] for line in log if line.get('accuracy') == 1), None)
+        first = next((line for line in log if line.get('accuracy') == 1), {})
+        result |= {f'{unit}_to_all': first.get(unit) for unit in ('step', 'seconds')}
     print(f'{row} {json.dumps(result)}', flush=True)
     return result
 
@@ -305,10 +308,12 @@ def columns(suite, runs):
         return {'thoughts': spread([run.get('thoughts', run['changed'].get('think_len', 2)) for run in runs], 1),
                 'seconds': spread([run['seconds'] for run in runs], 1)}
     if suite in ('code', 'capacity', 'dealt', 'paid'):
-        reached = [run['seconds_to_all'] for run in runs if run['seconds_to_all'] is not None]
+        unit = 'step' if suite in ('dealt', 'paid') else 'seconds'
+        reached = [run[f'{unit}_to_all'] for run in runs if run[f'{unit}_to_all'] is not None]
+        when = spread(reached, 1 if unit == 'seconds' else 0) if reached else ''
         return {'accuracy': spread([run['accuracy'] for run in runs], 3),
                 'codes': spread([run['codes'] for run in runs], 0),
-                'all right after, s': f'{spread(reached, 1)}, {len(reached)} of {len(runs)}' if reached else 'never',
+                f'all right at {unit}': f'{when}, {len(reached)} of {len(runs)}' if reached else 'never',
                 'seconds': spread([run['seconds'] for run in runs], 1)}
     said = {'training': spread([run['accuracy'] for run in runs], 4),
             'held out': spread([run['heldout_accuracy'] for run in runs], 4)}

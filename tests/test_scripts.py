@@ -412,9 +412,8 @@ def test_killed_and_resumed_equals_uninterrupted(script, more, tmp_path):
     run(script, f'--out_dir={tmp_path}/killed', *more, '--init_from=resume')
     assert_same_runs(tmp_path / 'killed', tmp_path / 'whole')
     assert len(json.loads((tmp_path / 'killed/config.json').read_text())['resumed']) == 2
-    for _ in range(2):      # resuming what is finished changes nothing
-        run(script, f'--out_dir={tmp_path}/killed', *more, '--init_from=resume')
-        assert_same_runs(tmp_path / 'killed', tmp_path / 'whole')
+    run(script, f'--out_dir={tmp_path}/killed', *more, '--init_from=resume')    # which changes nothing any more
+    assert_same_runs(tmp_path / 'killed', tmp_path / 'whole')
 
 
 def test_resumed_at_full_size_with_two_threads(tmp_path):
@@ -454,10 +453,12 @@ def test_a_checkpoint_survives_a_write_that_breaks(run_here, tmp_path, monkeypat
 
 @pytest.mark.parametrize('script, more', [*((script, []) for script in SCRIPTS), *(
     (script, more) for script, *more in VARIANTS.values())])
-def test_two_processes_equal_one(script, more, tmp_path):
+def test_two_processes_equal_one(script, more, run_here, tmp_path):
     # float32: in half precision two halves of a batch round otherwise than the whole, by 1e-4 after the first update
     more = [*more, '--max_steps=20', '--eval_every=10', '--dtype=float32']
-    one = run(script, f'--out_dir={tmp_path}/one', *more)
+    code, out, err = run_here(script, f'--out_dir={tmp_path}/one', *more)
+    assert code == 0, err
+    one = json.loads(out.splitlines()[-1])
     two = run(script, f'--out_dir={tmp_path}/two', *more,
               launcher=(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'))
     assert one['steps'] == two['steps'] == 20
@@ -528,6 +529,8 @@ def test_bad_input_of_one_script(run_here, tmp_path):
         refused(run_here('add_think_blind', out, *arguments.split()), message)
     for arguments, message in {
             '--method=ppo': 'must be one of match, sinkhorn, reinforce, gumbel', '--think_len=40': 'too many to keep',
+            '--input_max=2147483647': 'too many to keep',
+            '--input_max=99999 --batch_size=65536': 'a smaller --batch_size',
             '--inner_steps=0': 'must be between 1', '--init=zero': 'must be one of unit, gpt2',
             '--method=sinkhorn --think_len=14 --input_max=99': 'over 2^26: --method=match',
             '--method=reinforce --group_size=1': 'must be at least 2'}.items():
