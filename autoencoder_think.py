@@ -93,9 +93,7 @@ if method == 'match' and n_batch * min(2 * n_batch, n_slots) > 2**29:
     fail(f'match scores {n_batch} inputs x twice as many codes, over 2^29: a smaller --batch_size')
 if method == 'reinforce' and group_size < 2 and advantage != 'reinforce':
     fail(f'advantage={advantage} compares the rollouts of a group: group_size={group_size} must be at least 2')
-world = World(knobs)
-if n_batch % world.size:
-    fail(f'{n_batch} inputs per step cannot be shared by {world.size} processes, pass another --batch_size')
+world = World({**knobs, 'batch_size': n_batch})
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ TINY = {'add_think_blind': ['--input_max=7', '--d_thought_vocab=7', '--think_len
         'add_normal': ['--input_max=7', '--batch_size=16', '--d_model=16', '--n_head=2', '--max_steps=6',
                        '--eval_every=3', '--log_every=1', '--device=cpu'],
         'autoencoder_think': ['--input_max=8', '--d_thought_vocab=3', '--batch_size=4', '--d_model=16', '--n_head=2',
-                              '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu']}
+                              '--inner_steps=2', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu']}
 
 
 def start(script, *arguments, launcher=(sys.executable,), env=()):
