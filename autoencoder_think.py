@@ -29,6 +29,7 @@ reinforce  The policy gradient (Williams 1992) on the thinking policy's own roll
 gumbel     The straight-through Gumbel-softmax (Jang et al. 2017): the answer's gradient passes through the thoughts.
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -115,11 +116,7 @@ if frozen != 'none':
 # ---- codes: thoughts as one number, see GPT2Thinking.number; an input's slot is the code number slot % n_codes ------
 
 thought_tokens = thinking.thought_range(fixed=True)
-
-
-def spell(numbers):
-    return thinking.spell(numbers, think_len)
-
+spell = partial(thinking.spell, think_len=think_len)
 
 # ---- optimiser and run ----------------------------------------------------------------------------------------------
 
