@@ -229,7 +229,7 @@ def draw_language():
     for name, title, colour in (('codes', 'distinct codes', 'firebrick'),
                                 ('bits', 'bits that reach the answering policy', 'teal')):
         run.draw_curve(figure, name, title, colour, row=2, col=1, secondary_y=name == 'bits')
-    figure.update_yaxes(showgrid=False, row=2, col=1, secondary_y=True)
+    figure.update_yaxes(showgrid=False, tickmode='auto', row=2, col=1, secondary_y=True)
     figure.update_xaxes(title='thoughts', type='category', tickangle=90, row=1, col=1)
     figure.update_yaxes(title='answer', row=1, col=1)
     figure.update_layout(title='The invented language', width=900, height=1000, showlegend=False)
