@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from utils import digits, need, sample
 
+REACH = 16      # distances up to which 'relative' positions tell tokens apart
 # up to this many keys, explicit forms of attention are faster: backward passes on a CPU, everything on a GPU
 TINY = 8
 
@@ -37,6 +38,7 @@ class ModelConfig:
     d_model: int = 768
     tie_weights: bool = True    # one matrix embeds and unembeds
     init: str = 'gpt2'          # 'gpt2': std .02 | 'unit': activations of size one, for small models
+    positions: str = 'learned'  # 'learned': an embedding each | 'rotary' | 'relative': attention by distance
 
     def __post_init__(self):
         for name in ('d_vocab', 'block_size', 'n_layer', 'n_head', 'd_model'):
@@ -46,10 +48,14 @@ class ModelConfig:
             raise ValueError(f'n_head={self.n_head} does not divide d_model={self.d_model}')
         if self.init not in ('gpt2', 'unit'):
             raise ValueError(f"init={self.init!r} must be 'gpt2' or 'unit'")
-        if self.tie_weights and self.reads != self.writes:
-            raise ValueError('tie_weights needs a model that reads and writes the same tokens')
+        if self.positions not in ('learned', 'rotary', 'relative'):
+            raise ValueError(f"positions={self.positions!r} must be 'learned', 'rotary' or 'relative'")
+        if self.positions == 'rotary' and self.d_model // self.n_head % 2:
+            raise ValueError(f'rotary positions turn pairs: d_model={self.d_model} / n_head={self.n_head} must be even')
         if self.tie_weights and self.init == 'unit':
             raise ValueError("init='unit' needs tie_weights=False: embeddings of size one make logits too large")
+        if self.tie_weights and self.reads != self.writes:
+            raise ValueError('tie_weights needs a model that reads and writes the same tokens')
 
     @property
     def reads(self):
@@ -113,10 +119,11 @@ class KVCache:
     def __init__(self, config, n_rows, n_positions, device=None, dtype=None):
         shape = (config.n_layer, 2, n_rows, config.n_head, n_positions, config.d_model // config.n_head)
         self.kv = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0     # positions filled
+        self.positions = torch.empty(n_positions, dtype=torch.long, device=device)
+        self.length = 0     # tokens in it
 
     def append(self, layer, k, v):
-        """Store k, v (B, H, S, D) behind what is there; return all keys and values so far. The model moves length."""
+        """Store k, v (B, H, S, D) behind what is there; return all keys and values so far. GPT2.hidden moves length."""
         end = self.length + k.shape[2]
         self.kv[layer, 0, :, :, self.length:end] = k
         self.kv[layer, 1, :, :, self.length:end] = v
@@ -128,42 +135,65 @@ class KVCache:
         return self
 
 
-def attention(q, k, v):
+def attention(q, k, v, bias=None):
     """
     Causal attention of q (B, H, Sq, D), the last Sq of the Sk positions, to k and v (B, H, Sk, D). Returns q's shape.
+    bias: (H, Sq, Sk), added to the scores.
     """
     n_query, n_key = q.shape[2], k.shape[2]
     tiny = n_key <= TINY and (q.is_cuda or q.requires_grad and n_query > 1)
-    if not tiny and n_query in (1, n_key):
+    if not tiny and bias is None and n_query in (1, n_key):
         return F.scaled_dot_product_attention(q, k, v, is_causal=n_query > 1)
     mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)      # (Sq, Sk) may see
+    if bias is not None:
+        mask = bias.to(q.dtype).masked_fill(~mask, -torch.inf)                                      # (H, Sq, Sk)
     if not tiny:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if bias is None:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
     if q.is_cuda:       # which multiplies thousands of tiny matrices faster number by number
-        scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) * q.shape[-1] ** -.5                    # (B, H, Sq, Sk)
-        return (scores.masked_fill(~mask, -torch.inf).softmax(-1)[..., None] * v[:, :, None]).sum(3).to(v.dtype)
-    scores = (q @ k.transpose(-2, -1) * q.shape[-1] ** -.5).masked_fill(~mask, -torch.inf)           # (B, H, Sq, Sk)
-    return scores.softmax(-1) @ v
+        scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) * q.shape[-1] ** -.5 + mask             # (B, H, Sq, Sk)
+        return (scores.softmax(-1)[..., None] * v[:, :, None]).sum(3).to(v.dtype)
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -.5 + mask).softmax(-1) @ v                    # scores as above
+
+
+def turns(positions, d_head):
+    """Cosines and sines (S, d_head / 2) of the angles by which 'rotary' turns positions (S,) (Su et al. 2021)."""
+    rates = 10000. ** -(torch.arange(0, d_head, 2, device=positions.device) / d_head)
+    angles = positions[:, None] * rates
+    return angles.cos(), angles.sin()
+
+
+def turn(x, cos, sin):
+    """Turn the pairs (i, i + D / 2) of queries or keys x (B, H, S, D) by the angles of their positions."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
+        self.positions = config.positions
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
         self.c_proj = nn.Linear(config.d_model, config.d_model)
+        if config.positions == 'relative':      # what a distance of -REACH..REACH adds to a head's scores
+            self.relative = nn.Embedding(2 * REACH + 1, config.n_head)
         # a bias of the keys raises all scores of a query alike and changes nothing: its gradient is rounding error,
         # which Adam would blow up to full steps, different with every number of processes
         mask = [1, 0, 1]        # of queries, keys, values
         self.c_attn.bias.register_hook(lambda grad: torch.cat([part * m for part, m in zip(grad.chunk(3), mask)]))
 
-    def forward(self, x, layer, cache):
+    def forward(self, x, layer, cache, places):
         B, S, d_model = x.shape
         q, k, v = (y.view(B, S, self.n_head, -1).transpose(1, 2)           # (B, H, S, D)
                    for y in self.c_attn(x).split(d_model, dim=-1))
+        if self.positions == 'rotary':
+            q, k = turn(q, *places), turn(k, *places)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        return self.c_proj(attention(q, k, v).transpose(1, 2).reshape(B, S, d_model))
+        bias = 8 * self.relative(places).permute(2, 0, 1) if self.positions == 'relative' else None     # (H, Sq, Sk)
+        return self.c_proj(attention(q, k, v, bias).transpose(1, 2).reshape(B, S, d_model))
 
 
 class MLP(nn.Module):
@@ -184,8 +214,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.d_model)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer, cache=None):
-        x = x + self.attn(self.ln_1(x), layer, cache)
+    def forward(self, x, layer, cache=None, places=None):
+        x = x + self.attn(self.ln_1(x), layer, cache, places)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -198,6 +228,13 @@ def merge_rows(tokens):
     return one.scatter_(0, which, torch.arange(len(which), device=which.device)), which
 
 
+def go_on(positions, n_prompt, n_new, device):
+    """Positions (n_prompt + n_new,) of a prompt, where they are None from 0, and of new tokens behind its last."""
+    if positions is None:
+        return torch.arange(n_prompt + n_new, device=device)
+    return torch.cat([positions, positions[-1] + 1 + torch.arange(n_new, device=device)])
+
+
 class Rollout(NamedTuple):
     """What generation returns: N rows of T new tokens."""
     tokens: torch.Tensor        # (N, T) tokens; from a row's stop token on, only stop tokens
@@ -206,13 +243,17 @@ class Rollout(NamedTuple):
 
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019): pre-LN transformer with learned positions."""
+    """
+    GPT-2 (Radford et al. 2019): pre-LN transformer with learned positions; or with rotary ones (Su et al. 2021), or
+    with a learned bias for every distance up to REACH (Raffel et al. 2020).
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(len(config.reads), config.d_model)
-        self.wpe = nn.Embedding(config.block_size, config.d_model)
+        if config.positions == 'learned':
+            self.wpe = nn.Embedding(config.block_size, config.d_model)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.d_model)
         self.lm_head = nn.Linear(config.d_model, len(config.writes), bias=False)
@@ -220,6 +261,7 @@ class GPT2(nn.Module):
             self.lm_head.weight = self.wte.weight
         self.init_weights()
 
+    @torch.no_grad()
     def init_weights(self):
         """
         'gpt2': all matrices normal with std .02, those that end a residual branch by another 1/sqrt(2 n_layer).
@@ -234,11 +276,15 @@ class GPT2(nn.Module):
                 if name.endswith('c_proj.weight'):
                     std /= math.sqrt(2 * self.config.n_layer)
                 nn.init.normal_(p, std=std)
+                if name.endswith('relative.weight'):    # nearer tokens first, by heads of a longer and longer reach
+                    distance = torch.arange(-REACH, REACH + 1).abs()
+                    p.copy_(-10 / 8 * distance[:, None] * .5 ** torch.arange(self.config.n_head))
 
-    def hidden(self, tokens, cache=None):
+    def hidden(self, tokens, cache=None, positions=None):
         """
         tokens: (B, S), or how much there is of each token that can be read, (B, S, len(config.reads)), for gradients
-        with respect to tokens; appended to what the cache holds. Returns the last layer's states (B, S, d_model).
+        with respect to tokens; appended to what the cache holds. positions: (S,), where the tokens say they are; None:
+        where they are. Returns the last layer's states (B, S, d_model).
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
@@ -246,16 +292,27 @@ class GPT2(nn.Module):
             raise ValueError(f'{end} tokens are more than block_size={self.config.block_size}')
         soft = tokens.is_floating_point()
         x = tokens @ self.wte.weight if soft else self.wte(tokens - self.config.reads.start)
-        x = x + self.wpe.weight[start:end]                                             # (B, S, d_model)
+        if positions is None:
+            positions = torch.arange(start, end, device=tokens.device)
+        keys, places = positions, None          # positions (Sk,) of all tokens read
+        if cache is not None:
+            cache.positions[start:end] = positions
+            keys = cache.positions[:end]
+        if self.config.positions == 'learned':
+            x = x + self.wpe(positions)                                                # (B, S, d_model)
+        elif self.config.positions == 'rotary':
+            places = turns(positions, self.config.d_model // self.config.n_head)
+        else:
+            places = (keys - positions[:, None]).clamp(-REACH, REACH) + REACH           # (S, Sk)
         for layer, block in enumerate(self.h):
-            x = block(x, layer, cache)
+            x = block(x, layer, cache, places)
         if cache is not None:
             cache.length = end
         return self.ln_f(x)
 
-    def forward(self, tokens, cache=None):
-        """tokens: (B, S). Returns logits (B, S, V), column i for token config.writes[i]."""
-        return self.lm_head(self.hidden(tokens, cache))
+    def forward(self, tokens, cache=None, positions=None):
+        """tokens: (B, S). Returns logits (B, S, V), column i for token config.writes[i]. See hidden."""
+        return self.lm_head(self.hidden(tokens, cache, positions))
 
     def columns(self, among):
         """The slice of logit columns for a range of tokens. Raises ValueError when the model does not write them."""
@@ -265,12 +322,13 @@ class GPT2(nn.Module):
         return slice(among.start - writes.start, among.stop - writes.start)
 
     @torch.no_grad()
-    def generate(self, prompt, n_new, *, n_rollouts=1, among=None, stop=None, noise=None, use_cache=True, merge=False,
-                 **how):
+    def generate(self, prompt, n_new, *, positions=None, n_rollouts=1, among=None, stop=None, noise=None,
+                 use_cache=True, merge=False, **how):
         """
         Continue each prompt by n_new tokens, n_rollouts times. The prompt is read once for all its rollouts.
 
         prompt: (B, S) tokens, S >= 1. Rows of the result: N = B * n_rollouts, those of one prompt side by side.
+        positions: (S,) of the prompt's tokens, see hidden; new tokens go on behind the last.
         among: range of tokens to choose from. stop: token after which a row is done.
         how: temperature, top_k, top_p, epsilon and bias (N, tokens to choose from), see utils.sample.
         noise: (N, n_new) uniform in [0, 1), one number decides one token; drawn here when None.
@@ -279,6 +337,7 @@ class GPT2(nn.Module):
         Returns a Rollout.
         """
         N, device = len(prompt) * n_rollouts, prompt.device
+        positions = go_on(positions, prompt.shape[1], n_new, device)                    # (S + n_new,)
         among = among or self.config.writes
         columns = self.columns(among)
         if noise is None:
@@ -290,16 +349,17 @@ class GPT2(nn.Module):
         cache = None
         if use_cache:
             cache = KVCache(self.config, len(prompt), prompt.shape[1] + n_new - 1, device, self.wte.weight.dtype)
-        state = self.hidden(prompt, cache)[:, -1].repeat_interleave(n_rollouts, dim=0)                  # (N, d_model)
+        state = self.hidden(prompt, cache, positions[:prompt.shape[1]])[:, -1]
+        state = state.repeat_interleave(n_rollouts, dim=0)                              # (N, d_model)
         if use_cache:
             cache.repeat(n_rollouts)
         sequence = torch.cat([prompt.repeat_interleave(n_rollouts, dim=0), tokens], dim=1)     # (N, S + n_new)
         for t, end in enumerate(range(prompt.shape[1], sequence.shape[1])):
             if t and use_cache:
-                state = self.hidden(sequence[:, end - 1:end], cache)[:, -1]
+                state = self.hidden(sequence[:, end - 1:end], cache, positions[end - 1:end])[:, -1]
             elif t:
                 rows, back = merge_rows(sequence[:, :end]) if merge else (slice(None), slice(None))
-                state = self.hidden(sequence[rows, :end])[back, -1]
+                state = self.hidden(sequence[rows, :end], None, positions[:end])[back, -1]
             token, log_prob = sample(self.lm_head(state)[:, columns], noise[:, t], **how)
             token = token + among.start                                     # (N,)
             if stop is not None:
@@ -356,8 +416,8 @@ class GPT2(nn.Module):
         """Write config.json and model.safetensors that transformers' GPT2LMHeadModel.from_pretrained loads."""
         transformers = need('transformers', 'to export weights')
         c = self.config
-        if c.reads != c.writes:
-            raise ValueError('only a model that reads and writes the same tokens can be exported')
+        if c.reads != c.writes or c.positions != 'learned':
+            raise ValueError('only a model with learned positions that writes what it reads can be exported')
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
             vocab_size=c.d_vocab, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.d_model,
             tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None))
@@ -425,6 +485,25 @@ class GPT2Thinking(GPT2):
         states = self.hidden(sequence)[torch.arange(len(sequence), device=sequence.device), position]
         return self.lm_head(states)[:, self.columns(range(self.config.d_normal_vocab))]
 
+    def think_and_answer(self, question, thoughts, fixed=True, close=True, positions=None):
+        """
+        One pass over questions (N, S) and thoughts (N, T) behind them, T >= 0. Returns log-probabilities (N, T) and
+        entropies (N, T) of the thoughts, 0 behind a row's end_thought, and logits (N, d_normal_vocab) of the answer:
+        read at the end_thought that closes the thoughts, or with close=False where it would be written, at the last
+        thought or, without thoughts, at the question's last token. positions: (S,) of the question, see generate.
+        """
+        (N, S), T, choices = question.shape, thoughts.shape[1], self.thought_range(fixed)
+        sequence = torch.cat([question, thoughts, thoughts.new_full((N, close), self.config.end_thought)], dim=1)
+        states = self.hidden(sequence, None, go_on(positions, S, T + close, sequence.device))
+        log_p = self.lm_head(states[:, S - 1:S - 1 + T])[..., self.columns(choices)].float().log_softmax(-1)
+        length = self.n_thoughts(thoughts)                                                          # (N,)
+        chosen = torch.arange(T, device=sequence.device) <= length[:, None]                         # (N, T)
+        log_probs = log_p.gather(-1, (thoughts - choices.start)[..., None])[..., 0]
+        entropies = -(log_p.exp() * log_p).sum(-1)
+        read = states[torch.arange(N, device=sequence.device), S - 1 + length + close]              # (N, d_model)
+        logits = self.lm_head(read)[:, self.columns(range(self.config.d_normal_vocab))]
+        return torch.where(chosen, log_probs, 0.), torch.where(chosen, entropies, 0.), logits
+
     @staticmethod
     def from_normal(model, d_thought_vocab):
         """
@@ -469,14 +548,16 @@ def unpack(packed):
 
 def make_model(config, checkpoint=None, name='model'):
     """
-    A new model of this shape, or with a checkpoint the model called name in it.
-    Raises ValueError when the checkpoint has no such model, or one of another shape.
+    A new model of this shape, or with a checkpoint the model called name in it; a normal one is grown where the shape
+    is that of a thinking one. Raises ValueError when the checkpoint has no such model, or one of another shape.
     """
     if checkpoint is None:
         return MODELS[type(config).__name__][1](config)
     if name not in checkpoint['models']:
         raise ValueError(f'the checkpoint has no model called {name}, but {", ".join(checkpoint["models"])}')
     model = unpack(checkpoint['models'][name])
+    if isinstance(config, ThinkingModelConfig) and isinstance(model, GPT2) and not isinstance(model, GPT2Thinking):
+        model = GPT2Thinking.from_normal(model, config.d_thought_vocab)
     for field, value in asdict(config).items():
         if getattr(model.config, field, None) != value:
             theirs = getattr(model.config, field, None)

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import fcntl
 import importlib
+import itertools
 import json
 import math
 import os
@@ -57,21 +58,22 @@ def need(package, purpose):
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
-LIMITS = {  # smallest and largest value of a knob; the others may be anything from 0 to 2**31 - 1
+LIMITS = {  # smallest and largest value of a knob besides its default; the others are from 0 to 2**31 - 1
     'input_max': (2, 2**31 - 1),
     **dict.fromkeys(('max_steps', 'inner_steps', 'eval_every', 'eval_questions', 'log_every', 'seeds', 'parallel'),
                     (1, 2**31 - 1)),
     **dict.fromkeys(('batch_size', 'group_size', 'd_thought_vocab', 'd_model'), (1, 2**20)),
-    **dict.fromkeys(('think_len', 'n_layer', 'n_head', 'n_adds'), (1, 2**12)),
+    **dict.fromkeys(('think_len', 'n_layer', 'n_head', 'n_adds', 'k', 'n_letters'), (1, 2**12)),
+    'k_test': (0, 2**12),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
-    **dict.fromkeys(('epsilon', 'memory'), (0, 1)),
+    **dict.fromkeys(('epsilon', 'memory', 'hardest', 'advance_at', 'stopped'), (0, 1)),
     'heldout': (0, .99), 'temperature': (1e-3, 1e3), 'top_p': (1e-6, 1),
 }
 # knobs that may differ when a run is resumed; they do not name its folder either
 FREE = ('init_from', 'eval_only', 'out_dir', 'max_steps', 'max_seconds', 'eval_every', 'log_every', 'wandb_mode',
         'plot')
 # knobs that decide which questions are held out; they stay what they were when a script's own checkpoint is used
-SPLIT = ('seed', 'heldout', 'input_min', 'input_max', 'n_adds')
+SPLIT = ('seed', 'heldout', 'input_min', 'input_max', 'n_adds', 'task', 'ops', 'n_letters', 'k')
 
 
 class Knobs(dict):
@@ -150,7 +152,7 @@ def parse_knob(name, text, default, choices=None):
         except ValueError:
             fail(f'--{name}={text} must be {"an integer" if kind is int else "a number"}')
         low, high = LIMITS.get(name, (0, 2**31 - 1))
-        if not low <= value <= high:     # false for nan too
+        if not low <= value <= high and value != default:     # nan is neither
             fail(f'--{name}={text} must be between {low:g} and {high:g}')
     elif choices and text not in choices:
         fail(f'--{name}={text} must be one of {", ".join(choices)}')
@@ -455,6 +457,80 @@ def addition_questions(input_min, input_max, heldout, seed, n_adds=2, n_max=10**
     rows = input_min + digits(index, n_adds, n_numbers)
     n_heldout = min(max(1, round(heldout * len(rows))), len(rows) - 1)
     return rows[n_heldout:], rows[:n_heldout]
+
+
+class SerialTask:
+    """
+    Questions that are worked out step by step: a start, then a number of operations, their *depth*, and after each of
+    them there is a state. The answer is the last state.
+
+    'add'   a running total modulo a prime, where each operation is + c or, if ops is '+*', + c or x c with c > 0
+    'perm'  of n states, where operations are n_letters random permutations of them (a word problem)
+    's5'    of the 120 permutations of five things, where operations are n_letters of them, drawn by chance
+    'hop'   a random mapping of n elements to themselves, given as n tokens v>f(v) in random order, and a start x:
+            every operation is f, the answer f(f(...x)) (graph search)
+    'sort'  a list of n_letters different numbers below n, in place of a start; an operation asks for the next of them
+
+    Tokens, with their text in names: 0..n_states-1 are states, then come the operations (of 'hop' and 'sort' only one),
+    the arrows of 'hop', and '=' last, which ends a question. n_prefix tokens stand before the start.
+    Raises ValueError for numbers that define no task.
+    """
+
+    def __init__(self, task, n_states, ops='+*', n_letters=10, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        states = torch.arange(n_states)
+        self.task, self.n_states, self.n_prefix, self.table = task, n_states, 0, None
+        if task == 'add':
+            if '*' in ops and any(n_states % d == 0 for d in range(2, math.isqrt(n_states) + 1)):
+                raise ValueError(f'products need a prime modulus, not input_max={n_states}')
+            names = [f'+{c}' for c in range(n_states)] + [f'*{c}' for c in range(1, n_states)] * ('*' in ops)
+            rows = [states + c for c in range(n_states)] + [states * c for c in range(1, n_states)] * ('*' in ops)
+            self.table = torch.stack(rows) % n_states
+        elif task == 'perm':
+            names = [f'p{i}' for i in range(n_letters)]
+            self.table = torch.stack([torch.randperm(n_states, generator=generator) for _ in names])
+        elif task == 's5':
+            elements = list(itertools.permutations(range(5)))
+            if n_letters > len(elements):
+                raise ValueError(f'there are 120 permutations, not n_letters={n_letters}')
+            self.n_states, number = len(elements), {element: i for i, element in enumerate(elements)}
+            letters = [elements[i] for i in torch.randperm(120, generator=generator)[:n_letters].tolist()]
+            names = [''.join(map(str, letter)) for letter in letters]
+            self.table = torch.tensor([[number[tuple(letter[i] for i in element)] for element in elements]
+                                       for letter in letters])
+        elif task == 'hop':
+            names, self.n_prefix = ['f', *(f'{v}>{w}' for v in range(n_states) for w in range(n_states))], n_states
+        else:
+            if n_letters > n_states:
+                raise ValueError(f'a list of n_letters={n_letters} different numbers needs as many below input_max')
+            names, self.n_prefix = ['next'], n_letters - 1    # the list ends where a start would be
+        self.names = [str(i) for i in range(self.n_states)] + names + ['=']
+
+    def draw(self, n, depth, generator):
+        """
+        n questions of a depth from a generator, on its device: tokens (n, S), and states (n, depth) after operations.
+        """
+        device = generator.device
+        ends = torch.full((n, 1), len(self.names) - 1, device=device)
+        letters = torch.full((n, depth), self.n_states, device=device)
+        if self.task == 'sort':
+            numbers = torch.rand(n, self.n_states, generator=generator, device=device).argsort(1)[:, :self.n_prefix + 1]
+            return torch.cat([numbers, letters, ends], dim=1), numbers.sort(1).values[:, :depth]
+        x = torch.randint(self.n_states, (n, 1), generator=generator, device=device)
+        if self.task == 'hop':
+            mapping = torch.randint(self.n_states, (n, self.n_states), generator=generator, device=device)
+            order = torch.rand(n, self.n_states, generator=generator, device=device).argsort(1)
+            prefix = self.n_states + 1 + order * self.n_states + mapping.gather(1, order)           # v>f(v)
+            states = [x]
+            for _ in range(depth):
+                states.append(mapping.gather(1, states[-1]))
+        else:
+            table, prefix = self.table.to(device), x[:, :0]
+            chosen = torch.randint(len(table), (n, depth), generator=generator, device=device)
+            letters, states = self.n_states + chosen, [x]
+            for step in chosen.T:
+                states.append(table[step, states[-1][:, 0]][:, None])
+        return torch.cat([prefix, x, letters, ends], dim=1), torch.cat(states[1:], dim=1)
 
 
 def digits(numbers, width, base=10):
