@@ -57,10 +57,10 @@ positions = 'relative'          # 'relative' | 'rotary' | 'learned'
 recount = True                  # thoughts count as from the start again, thought t as operation t
 thoughts = 'own'                # 'own' | 'none' | 'filler' | 'random' | 'chain': chain is the true states, supervised
 d_thought_vocab = 32            # L: thought tokens
-think_len = 0                   # T: thoughts per question; 0: one less than operations, if not fixed two more than that
+think_len = 0                   # T: thoughts per question; 0: one less than its operations, if not fixed k + 1 for all
 fixed = True                    # always T thoughts; False: up to T, end_thought ends them
-think_cost = .05                # what a thought costs if their number is not fixed, nats
-stopped = .25                   # share of rollouts that is ended at random if the number is not fixed
+think_cost = .3                 # what a thought costs if their number is not fixed, nats
+forced = .25                    # share of rollouts whose number of thoughts is drawn at random if it is not fixed
 answer_at = 'last'              # 'last' | 'end': the answer is read at the last thought, or at end_thought behind it
 hardest = .8                    # share of steps with questions of the greatest depth so far; the others are of any less
 advance_at = .96                # share of right answers, a running mean, at which depth grows by one
@@ -106,7 +106,7 @@ if task == 'sort' and k_most > n_letters:
     fail(f'a list of n_letters={n_letters} has no number {k_most} in order')
 if thoughts == 'chain' and (d_thought_vocab < n_states or think_len):
     fail(f'thoughts=chain are {n_states} states, one less than operations: a larger --d_thought_vocab, --think_len=0')
-hashing = torch.randint(2**20, (questions.n_prefix + k + 2,), generator=torch.Generator().manual_seed(seed))
+hashing = torch.randint(2**24, (questions.n_prefix + k + 2,), generator=torch.Generator().manual_seed(seed))
 
 
 def draw(n, depth, generator=world.generator, test=False):
@@ -115,8 +115,10 @@ def draw(n, depth, generator=world.generator, test=False):
     while missing > 0:
         question, states = questions.draw(2 * n, depth, generator)
         if depth == k and heldout:
-            chance = (question * hashing.to(question.device)).sum(1) % 1009 / 1009
-            keep = (chance < heldout) == test
+            chance = (question * hashing.to(question.device)).sum(1)
+            for _ in range(2):      # mix the bits
+                chance = (chance ^ chance >> 15) * 0x9E3779B1 & 0xFFFFFFFF
+            keep = (chance / 2**32 < heldout) == test
             question, states = question[keep], states[keep]
         parts.append((question, states))
         missing -= len(question)
@@ -127,7 +129,7 @@ def draw(n, depth, generator=world.generator, test=False):
 
 def n_thoughts(depth):
     """T for questions of a depth."""
-    return 0 if thoughts == 'none' else think_len or depth - 1 + 2 * (not fixed)
+    return 0 if thoughts == 'none' else think_len or (depth - 1 if fixed else k + 1)
 
 
 def places(question):
@@ -166,6 +168,8 @@ state = {'depth': torch.tensor(1),              # greatest so far
          'frequency': torch.full((max(1, n_thoughts(k)), d_thought_vocab + 1), 1 / n_states)}   # of codes, by position
 if init_from == 'resume':
     state = {name: knobs.checkpoint[name] for name in state}
+elif knobs.checkpoint and knobs.checkpoint['script'] == knobs.script:      # what it has learned stays learned
+    state['depth'] = knobs.checkpoint['depth']
 state = {name: x.to(world.device) for name, x in state.items()}
 
 
@@ -313,11 +317,15 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
     answer = states[:, -1].repeat_interleave(G)                                     # (B G,)
 
     with world.autocast:
-        # rollouts, some of which are ended at random
-        thought = think(question, states, noise, **({'epsilon': epsilon} if thinks and epsilon else {}))    # (B G, T)
+        # rollouts; the number of thoughts of some is forced to be a random one
+        how = {'epsilon': epsilon} if thinks else {}
+        which = torch.ones(len(noise), device=world.device)                         # (B G,), below forced for these
         if not fixed:
-            at, whether = world.draw(torch.rand, batch_size, G, 2).flatten(0, 1).T
-            end = torch.where(whether < stopped, (at * (T + 1)).long(), T)
+            which, at = world.draw(torch.rand, batch_size, G, 2).flatten(0, 1).T    # (B G,)
+            how['bias'] = F.pad(torch.where(which < forced, -1e9, 0.)[:, None], (d_thought_vocab, 0))   # does not end
+        thought = think(question, states, noise, **how)                             # (B G, T)
+        if not fixed:
+            end = torch.where(which < forced, (at * (T + 1)).long(), T)
             thought = thought.masked_fill(torch.arange(T, device=end.device) >= end[:, None], model.config.end_thought)
         question = question.repeat_interleave(G, dim=0)
         log_pi, entropy, log_q = respond(question, thought)
@@ -356,7 +364,8 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
 
     # are answers good enough for deeper questions?
     if depth == greatest:
-        share = world.gather((log_q.argmax(-1) == answer).float()).mean()
+        share = world.gather((log_q.argmax(-1) == answer).float())[world.gather(which) >= forced].mean()
+        share = share.nan_to_num(0.)        # of none
         state['accuracy'].lerp_(share, .05)
         if depth < k and state['accuracy'] >= advance_at:
             state |= {'depth': state['depth'] + 1, 'since': torch.tensor(step + 1), 'accuracy': 0 * share}

@@ -115,6 +115,38 @@ VARIANTS = {    # row: (knobs, why it learns or does not)
     'decay-.01': ('--weight_decay=.01', 'tiny weight decay: the language is agreed on, questions are learned by heart'),
     'decay-1': ('--weight_decay=1', 'the same, a little less'),
 }
+S5 = '--task=s5 --d_thought_vocab=256 --n_layer=2 --d_model=128 --batch_size=256 --advance_at=.85 --eval_every=1000'
+PLUS = '--ops=+ --k=1 --input_max=31 --max_steps=3000'
+HOP = '--task=hop --input_max=10 --k=8 --k_test=16 --n_layer=2 --positions=rotary'
+FREE = '--fixed=False --hardest=.2 --learning_rate=5e-4 --max_steps=3000'
+THINKING = {    # row: (knobs, what it shows)
+    'add': ('', 'the main case'),
+    'add-none': ('--thoughts=none --max_steps=12000', 'none, three times the steps'),
+    'add-none-learned': ('--thoughts=none --positions=learned --recount=False --max_steps=12000',
+                         'none, positions as usual'),
+    'add-filler': ('--thoughts=filler', 'the same thought again and again'),
+    'add-random': ('--thoughts=random', 'random thoughts'),
+    'add-chain': ('--thoughts=chain', 'supervised: the true states'),
+    'perm': ('--task=perm --input_max=10', 'permutations of ten things'),
+    'perm-none': ('--task=perm --input_max=10 --thoughts=none --max_steps=12000', 'none, three times the steps'),
+    'perm-none-learned': ('--task=perm --input_max=10 --thoughts=none --positions=learned --recount=False '
+                          '--max_steps=12000', 'none, positions as usual'),
+    'perm-filler': ('--task=perm --input_max=10 --thoughts=filler', 'the same thought again and again'),
+    'perm-random': ('--task=perm --input_max=10 --thoughts=random', 'random thoughts'),
+    'perm-chain': ('--task=perm --input_max=10 --thoughts=chain', 'supervised: the true states'),
+}
+NEEDS = {
+    'recount': ('--recount=False', 'thoughts are numbered on'),
+    'end': ('--answer_at=end', 'the answer is read at an end_thought'),
+    'learned': ('--positions=learned', 'an embedding for every position'),
+    'rotary': ('--positions=rotary', 'rotary positions'),
+    'price': ('--code_price=0', 'codes without a price'),
+    'entropy': ('--entropy_weight=.1 --entropy_steps=100000', 'a larger bonus for entropy, which stays'),
+    'hardest': ('--hardest=1', 'no easier questions in between'),
+    'batch': ('--baseline=batch', 'compared with the mean reward of all questions'),
+    'grpo': ('--advantage=grpo', 'divided by the standard deviation'),
+    'softmax': ('--advantage=softmax', 'weighted by softmax(reward / tau)'),
+}
 SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     'learning': {
         'blind': ('cpu', 'add_think_blind', '', 'two thoughts of ten tokens'),
@@ -180,6 +212,30 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
         '65536-16-4': ('cuda', 'autoencoder_think', '--input_max=65536 --d_thought_vocab=16 --think_len=4 '
                        f'--batch_size=8192 --max_steps=500 --eval_every=20 {SLOWER}', 'eight batches an epoch'),
     },
+    'thinking': {row: ('cpu', 'add_think', *knobs) for row, knobs in THINKING.items()},
+    'needs': {'whole': ('cpu', 'add_think', '', 'the whole recipe'),
+              **{row: ('cpu', 'add_think', *knobs) for row, knobs in NEEDS.items()}},
+    's5': {
+        '16': ('cuda', 'add_think', f'{S5} --k=16 --k_test=64 --max_steps=3500', 'sixteen operations, too few steps'),
+        '16-none': ('cuda', 'add_think', f'{S5} --k=16 --max_steps=7000 --thoughts=none', 'none, twice the steps'),
+        '32': ('cuda', 'add_think', f'{S5} --k=32 --k_test=64 --max_steps=5000', 'thirty-two operations'),
+    },
+    'buys': {
+        'plus': ('cpu', 'add_think', f'{PLUS} --think_len=2', 'a + b, two thoughts'),
+        'plus-none': ('cpu', 'add_think', f'{PLUS} --thoughts=none', 'no thoughts'),
+        'totals': ('cpu', 'add_think', '--ops=+', 'only additions, which can all be done at once'),
+        'totals-none': ('cpu', 'add_think', '--ops=+ --thoughts=none', 'no thoughts'),
+        'sort': ('cpu', 'add_think', '--task=sort --input_max=20', 'the sixth smallest of ten'),
+        'sort-none': ('cpu', 'add_think', '--task=sort --input_max=20 --thoughts=none', 'no thoughts'),
+        'hop': ('cpu', 'add_think', f'{HOP} --max_steps=2000', 'eight hops, two layers'),
+        'hop-none': ('cpu', 'add_think', f'{HOP} --max_steps=4000 --thoughts=none', 'none, twice the steps'),
+    },
+    'free': {
+        baseline: ('cpu', 'add_think', f'{FREE} --baseline={baseline}', what) for baseline, what in (
+            ('group', 'compared with the mean reward of the same question'),
+            ('batch', 'with the mean reward of all questions'),
+            ('no_think', 'with log p of a lagged copy that answers at once'))
+    },
     'dealt': {
         'whole': ('cpu', 'autoencoder_think', DEALT, 'the whole recipe'),
         'init': ('cpu', 'autoencoder_think', f'{DEALT} --init=gpt2', 'GPT-2\'s small weights'),
@@ -206,7 +262,8 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     }.items()},
 }
 COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING, 'code': '', 'capacity': '',
-          'dealt': DEALT, 'paid': PAID}     # of all rows
+          'dealt': DEALT, 'paid': PAID, **dict.fromkeys(('thinking', 'needs', 'buys'), ''), 's5': S5,
+          'free': FREE}     # of all rows
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
 
@@ -236,6 +293,16 @@ def learn(suite, row, seed):
     else:
         first = next((line for line in log if line.get('accuracy') == 1), {})
         result |= {f'{unit}_to_all': first.get(unit) for unit in ('step', 'seconds')}
+    print(f'{row} {json.dumps(result)}', flush=True)
+    return result
+
+
+def free(suite, row, seed):
+    """The last line of a run that begins with what a run with a fixed number of thoughts has learned."""
+    fixed = ROOT / f'out/bench/thinking-add/{seed}/ckpt.pt'
+    if not fixed.exists():
+        run('thinking', 'add', seed, seed)
+    result = run(suite, row, seed, seed, f'--init_from={fixed}')[1]
     print(f'{row} {json.dumps(result)}', flush=True)
     return result
 
@@ -273,7 +340,7 @@ def measure(suite, rows):
     RESULTS.mkdir(parents=True, exist_ok=True)
     failed, commit = [], git_commit()
     with ThreadPoolExecutor(parallel) as pool:
-        one = origin if suite == 'origin' else learn
+        one = {'origin': origin, 'free': free}.get(suite, learn)
         runs = {row: [pool.submit(one, suite, row, seed) for seed in range(seeds)] for row in rows}
         for row in rows:
             device, script, arguments, _ = SUITES[suite][row]
@@ -315,6 +382,25 @@ def columns(suite, runs):
                 'codes': spread([run['codes'] for run in runs], 0),
                 f'all right at {unit}': f'{when}, {len(reached)} of {len(runs)}' if reached else 'never',
                 'seconds': spread([run['seconds'] for run in runs], 1)}
+    if suite == 'free':
+        depths = [str(depth) for depth in runs[0]['accuracy_at_depth']]
+        return {f'{what} at depth {depths[0]} to {depths[-1]}': ' / '.join(
+                    f'{mean(run[key][depth] for run in runs):.{n_digits}f}' for depth in depths)
+                for what, key, n_digits in (('accuracy', 'accuracy_at_depth', 3), ('thoughts', 'thoughts_at_depth', 2))}
+    if suite in ('thinking', 'needs', 's5', 'buys'):
+        kinds = ('shuffled', 'random', 'constant', 'none')
+        said = {'held out': spread([run['heldout_accuracy'] for run in runs], 3)}
+        if suite != 'needs':
+            said[' / '.join(kinds)] = ' / '.join(f'{mean(run["ablation"][kind] for run in runs):.3f}' for kind in kinds
+                                                 ) if 'ablation' in runs[0] else ''
+        if suite == 's5':
+            for depth in ('32', '64'):
+                tried = [run['accuracy_at_depth'][depth] for run in runs if depth in run['accuracy_at_depth']]
+                said[f'at depth {depth}'] = spread(tried, 3) if tried else ''
+        reached = [run['step_of_99'] for run in runs if run['step_of_99']]
+        return {**said, 'depth': spread([run['depth'] for run in runs], 1),
+                'step of .99': f'{spread(reached, 0)}, {len(reached)} of {len(runs)}' if reached else 'never',
+                'seconds': spread([run['seconds'] for run in runs], 0)}
     said = {'training': spread([run['accuracy'] for run in runs], 4),
             'held out': spread([run['heldout_accuracy'] for run in runs], 4)}
     if suite == 'learning':

@@ -13,6 +13,9 @@ torch.set_num_threads(1)    # tiny models are faster so
 ROOT = Path(__file__).parent.parent
 TINY = {'add_think_blind': ['--input_max=7', '--d_thought_vocab=7', '--think_len=1', '--batch_size=16', '--d_model=16',
                             '--n_head=2', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu'],
+        'add_think': ['--input_max=3', '--k=3', '--advance_at=.3', '--batch_size=8', '--group_size=4', '--d_model=16',
+                      '--n_head=2', '--d_thought_vocab=5', '--max_steps=6', '--eval_every=3', '--log_every=1',
+                      '--eval_questions=20', '--device=cpu'],
         'add_normal': ['--input_max=7', '--batch_size=16', '--d_model=16', '--n_head=2', '--max_steps=6',
                        '--eval_every=3', '--log_every=1', '--device=cpu'],
         'autoencoder_think': ['--input_max=8', '--d_thought_vocab=3', '--batch_size=4', '--d_model=16', '--n_head=2',

@@ -4,7 +4,7 @@ import torch
 import transformers
 
 import model as model_file
-from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig, make_model, pack, unpack
+from model import GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig, make_model, pack, unpack
 
 SMALL = dict(block_size=24, n_layer=2, n_head=4, d_model=32)
 
@@ -250,6 +250,61 @@ def test_answers_of_mixed_lengths_equal_one_at_a_time():
         torch.testing.assert_close(together[row], model(sequence[None])[0, -1, :20], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.answer(thoughts[:, :0], question),     # no thoughts at all
                                model(torch.cat([question, torch.full((30, 1), end)], dim=1))[:, -1, :20])
+
+
+@pytest.mark.parametrize('kind', ['learned', 'rotary', 'relative'])
+@pytest.mark.parametrize('fixed', [True, False])
+@pytest.mark.parametrize('close', [True, False])
+def test_thinking_and_answering_in_one_pass_equals_two(kind, fixed, close):
+    model = small_thinker(positions=kind)
+    question, position = tokens_for(model, 9, 5) % 20, torch.tensor([0, 1, 2, 3, 0])
+    thoughts = model.think(question, 4, fixed=fixed, positions=position).tokens
+    log_probs, entropy, logits = model.think_and_answer(question, thoughts, fixed, close, position)
+    # the reference: row by row, token by token
+    for n, row in enumerate(thoughts.tolist()):
+        read, at, stopped = question[n].tolist(), position.tolist(), False
+        for t, token in enumerate(row):
+            log_p = model(torch.tensor([read]), positions=torch.tensor(at))[0, -1, model.thought_range(fixed).start:]
+            log_p = log_p[:len(model.thought_range(fixed))].log_softmax(-1)
+            expected = (0., 0.) if stopped else (log_p[token - 20].item(), -(log_p.exp() * log_p).sum().item())
+            assert (log_probs[n, t].item(), entropy[n, t].item()) == pytest.approx(expected, abs=1e-4)
+            stopped = stopped or token == model.config.end_thought
+            if not stopped:
+                read, at = [*read, token], [*at, at[-1] + 1]
+        if close:
+            read, at = [*read, model.config.end_thought], [*at, at[-1] + 1]
+        expected = model(torch.tensor([read]), positions=torch.tensor(at))[0, -1, :20]
+        torch.testing.assert_close(logits[n], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('kind', ['rotary', 'relative'])
+def test_positions_by_distance(kind):
+    """Shifted positions change nothing, other ones do; the cache keeps them; no parameter is tied to a position."""
+    model = small_model(positions=kind, block_size=60)
+    tokens, position = tokens_for(model, 3, 20), torch.arange(20)
+    logits = model(tokens)
+    torch.testing.assert_close(model(tokens, positions=position + 100), logits, atol=1e-3, rtol=0)
+    mixed = torch.cat([position[:12], position[:8]])
+    other = model(tokens, positions=mixed)
+    assert (other - logits).abs().max() > .1
+    cache = KVCache(model.config, 3, 20)
+    parts = [model(tokens[:, a:b], cache, mixed[a:b]) for a, b in ((0, 12), (12, 13), (13, 20))]
+    torch.testing.assert_close(torch.cat(parts, 1), other, atol=1e-4, rtol=0)
+    assert not any(name.startswith('wpe') for name, _ in model.named_parameters())
+    with pytest.raises(ValueError, match='learned positions'):
+        model.save_pretrained('nowhere')
+
+
+def test_generated_tokens_go_on_behind_the_last_position():
+    model = small_thinker(positions='relative')
+    question, position = tokens_for(model, 4, 5) % 20, torch.tensor([0, 1, 2, 3, 0])
+    noise = torch.rand(8, 6, generator=torch.Generator().manual_seed(2))
+    fast, slow = (model.think(question, 6, positions=position, noise=noise, n_rollouts=2, use_cache=use_cache)
+                  for use_cache in (True, False))
+    assert torch.equal(fast.tokens, slow.tokens)
+    torch.testing.assert_close(fast.log_probs, slow.log_probs, atol=1e-4, rtol=0)
+    again, *_ = model.think_and_answer(question.repeat_interleave(2, 0), fast.tokens, positions=position)
+    torch.testing.assert_close(fast.log_probs, again, atol=1e-4, rtol=0)
 
 
 def test_split_policies_have_only_the_vocabularies_they_need():

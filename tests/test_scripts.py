@@ -1,4 +1,5 @@
 """The scripts as users run them: every one with tiny knobs, interrupted, by two processes, with bad input."""
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from utils import addition_questions
 
 SCRIPTS = list(TINY)
 THINKING = [script for script in SCRIPTS if script != 'add_normal']
+TWO_POLICIES = ['add_think_blind', 'autoencoder_think']
 # what the best checkpoint is best in; an arbitrary code has nothing that could be held out
 SCORE = {script: 'heldout_accuracy' if script.startswith('add') else 'accuracy' for script in SCRIPTS}
 VARIANTS = {    # of scripts: what else must be resumed, and shared by processes
@@ -32,6 +34,7 @@ VARIANTS = {    # of scripts: what else must be resumed, and shared by processes
     'many written': ['add_think_blind', '--think_len=8', '--group_size=2', '--search=False', '--dtype=bfloat16'],
     'code by reinforce': ['autoencoder_think', '--method=reinforce', '--advantage=reinforce', '--group_size=4',
                           '--logit_noise=.5'],
+    'free': ['add_think', '--fixed=False', '--baseline=no_think', '--answer_at=end', '--epsilon=.2', '--task=hop'],
     'code by sinkhorn': ['autoencoder_think', '--method=sinkhorn'],
     'code by gumbel': ['autoencoder_think', '--method=gumbel', '--tau=.5'],
 }
@@ -220,7 +223,7 @@ def test_bits_and_accuracy_are_those_of_the_checkpoint(run_here, tmp_path):
     assert result['bits'] == pytest.approx(max(0, bits), abs=1e-5)
 
 
-@pytest.mark.parametrize('script', THINKING)
+@pytest.mark.parametrize('script', TWO_POLICIES)
 @pytest.mark.parametrize('policy', ['thinking', 'answering'])
 def test_a_frozen_policy_stays_as_it_was(script, policy, run_here, tmp_path):
     for name, more in (('a', []), ('b', [f'--init_from={tmp_path}/a/ckpt.pt', f'--frozen={policy}'])):
@@ -374,6 +377,97 @@ def test_the_picture_of_a_growing_code(run_here, tmp_path):
     assert all(title in page for title in ('accuracy', 'distinct codes', 'bits written', 'bits read'))
 
 
+# ---- thoughts between question and answer
+
+SHORT = ['--task=perm', '--input_max=5', '--n_letters=3', '--k=2', '--advance_at=.9', '--batch_size=32', '--d_model=32',
+         '--n_head=4', '--group_size=8', '--d_thought_vocab=12', '--learning_rate=4e-3', '--max_steps=1000',
+         '--eval_every=1000', '--eval_questions=500', '--heldout=0']
+
+
+def test_thoughts_are_learned_and_used(run_here, tmp_path):
+    """Nobody shows the step in between, and answers depend on what is thought of it."""
+    code, out, _ = run_here('add_think', *SHORT, f'--out_dir={tmp_path}/a')
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0 and result['depth'] == 2 and result['heldout_accuracy'] > .95
+    assert max(result['ablation'][name] for name in ('shuffled', 'random', 'constant', 'none')) < .6
+    assert result['accuracy_at_depth']['2'] == result['heldout_accuracy'] == result['ablation']['own']
+    # what is learned stays learned when going on, and the tables say what thoughts mean
+    _, out, _ = run_here('add_think', *SHORT, f'--out_dir={tmp_path}/b', '--max_steps=1',
+                         f'--init_from={tmp_path}/a/ckpt.pt')
+    assert json.loads(out.splitlines()[-1])['depth'] == 2
+    assert '<think' in out.splitlines()[-3] and 'of thoughts are written for the state' in out.splitlines()[-2]
+
+
+@pytest.mark.parametrize('whose', ['none', 'filler', 'random', 'chain'])
+def test_controls_of_thinking(whose, run_here, tmp_path):
+    code, out, err = run_here('add_think', f'--out_dir={tmp_path}/a', f'--thoughts={whose}', '--plot=False')
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0, err
+    assert ('ablation' in result) == (whose != 'none') and 'purity' in result or whose == 'none'
+    if whose == 'none':     # a normal model, which then grows: without thoughts it answers as before
+        kind = torch.load(tmp_path / 'a/ckpt.pt', weights_only=True)['models']['model']['kind']
+        assert kind == 'ModelConfig'
+        code, out, err = run_here('add_think', f'--init_from={tmp_path}/a/ckpt.pt', f'--out_dir={tmp_path}/b',
+                                  '--thoughts=own', '--max_steps=1', '--learning_rate=0')
+        grown = json.loads(out.splitlines()[-1])
+        assert code == 0, err
+        assert grown['accuracy_at_depth']['1'] == result['accuracy_at_depth']['1']
+    if whose == 'chain':
+        model = unpack(torch.load(tmp_path / 'a/ckpt.pt', weights_only=True)['models']['model'])
+        assert model.config.positions == 'relative' and result['purity'] == 1
+
+
+def test_held_out_questions_of_a_depth_are_never_drawn_to_train(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['add_think.py', '--eval_only=True', '--input_max=3', '--k=2', '--heldout=.3',
+                                      '--eval_questions=10', '--device=cpu', f'--out_dir={tmp_path}/a'])
+    script = runpy.run_path(str(ROOT / 'add_think.py'))
+    generator = torch.Generator().manual_seed(0)
+    train, test = ({tuple(q) for q in script['draw'](3000, 2, generator, heldout)[0].tolist()}
+                   for heldout in (False, True))
+    assert not train & test and len(train | test) == 3 * 5 * 5 and 10 < len(test) < 35
+    easier = {tuple(q) for q in script['draw'](3000, 1, generator)[0].tolist()}
+    assert len(easier) == 3 * 5     # all of them
+    assert script['places'](torch.zeros(1, 4)).tolist() == [0, 1, 2, 0]
+
+
+def test_a_code_in_use_too_often_has_a_price(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['add_think.py', '--eval_only=True', '--input_max=5', '--k=2', '--memory=0',
+                                      '--eval_questions=10', '--device=cpu', f'--out_dir={tmp_path}/a'])
+    script = runpy.run_path(str(ROOT / 'add_think.py'))
+    first = script['n_tokens']
+    thought = first + torch.tensor([[0], [0], [0], [1], [2], [3], [4], [4], [5], [6]])
+    due = torch.tensor([.3, .3, .3, .1, .1, .1, .2, .2, .1, .1]) * 5 / 1.2       # a fifth of all is each answer's share
+    torch.testing.assert_close(script['overuse'](thought), due.clamp(min=1).log())
+
+
+def test_every_knob_of_thinking_does_something(run_here, tmp_path):
+    def state(*more):
+        shutil.rmtree(tmp_path / 'a', ignore_errors=True)
+        code, _, err = run_here('add_think', f'--out_dir={tmp_path}/a', '--advance_at=0', *more)
+        assert code == 0, err
+        return torch.cat([x.flatten() for x in torch.load(tmp_path / 'a/ckpt.pt', weights_only=True)
+                          ['models']['model']['state'].values()])
+    seen = [state()]
+    for knob in ('recount=False', 'answer_at=end', 'hardest=0', 'group_size=3', 'advantage=grpo', 'entropy_weight=1',
+                 'entropy_steps=2', 'epsilon=1', 'baseline=batch', 'baseline=no_think', 'fixed=False', 'think_len=4',
+                 'heldout=.5', 'ops=+', 'seed=1'):
+        seen.append(state(f'--{knob}'))
+    for most in (['--advantage=softmax'], ['--advantage=softmax', '--tau=9'], ['--memory=0'],
+                 ['--memory=0', '--code_price=9'], ['--memory=.1']):
+        seen.append(state(*most))
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+    usual = state('--fixed=False')
+    for knob in ('think_cost=1', 'forced=0'):
+        assert not torch.equal(state('--fixed=False', f'--{knob}'), usual), knob
+
+
+def test_the_picture_of_what_thoughts_mean(run_here, tmp_path):
+    pytest.importorskip('plotly')
+    assert run_here('add_think', f'--out_dir={tmp_path}/a', '--plot=True')[0] == 0
+    page = (tmp_path / 'a/meaning.html').read_text()
+    assert 'What a thought means' in page and 'script src=' not in page
+
+
 # ---- interruption
 
 def kill_at_line(n_lines, script, folder, *arguments, **how):
@@ -401,7 +495,7 @@ def assert_same_runs(a, b):
 
 
 @pytest.mark.parametrize('script, more', [*((script, []) for script in SCRIPTS), *(
-    (VARIANTS[name][0], VARIANTS[name][1:]) for name in ('sampled', 'reinforce', 'many written', 'code by reinforce'))])
+    (VARIANTS[name][0], VARIANTS[name][1:]) for name in ('sampled', 'reinforce', 'many written', 'free'))])
 def test_killed_and_resumed_equals_uninterrupted(script, more, tmp_path):
     """Killed at any step, resumed, killed again, before or after the next checkpoint, resumed."""
     more = [*more, '--max_steps=200', '--eval_every=37', '--log_every=2']
@@ -533,6 +627,16 @@ def test_bad_input_of_one_script(run_here, tmp_path):
             '--clean=True --d_thought_vocab=6': 'make no digits',
             '--search=False --think_len=8 --input_max=700': 'counts are kept for 700 answers'}.items():
         refused(run_here('add_think_blind', out, *arguments.split()), message)
+    for arguments, message in {
+            '--input_max=4': 'products need a prime', '--k=0': 'must be between 1',
+            '--task=maze': 'must be one of add, perm', '--group_size=1': 'must be at least 2',
+            '--fixed=False --thoughts=filler': 'have no end to choose',
+            '--thoughts=none --answer_at=end': 'answers at the question',
+            '--task=sort': 'different numbers needs as many', '--task=s5 --n_letters=121': 'there are 120',
+            '--task=sort --input_max=20 --k=11': 'has no number 11 in order',
+            '--thoughts=chain --d_thought_vocab=2': 'a larger --d_thought_vocab', '--think_len=-1': 'must be between 1',
+            '--heldout=.0005 --k=1': 'leaves no questions', '--positions=rotary --d_model=6': 'must be even'}.items():
+        refused(run_here('add_think', out, *arguments.split()), message)
     for arguments, message in {
             '--method=ppo': 'must be one of match, sinkhorn, reinforce, gumbel', '--think_len=40': 'too many to keep',
             '--input_max=2147483647': 'too many to keep',

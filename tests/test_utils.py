@@ -10,8 +10,8 @@ import torch
 
 import utils
 from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig
-from utils import (ablations, addition_questions, advantages, balanced_target, digits, make_optimizer, parse_knob,
-                   sample, schedule, show_tokens)
+from utils import (SerialTask, ablations, addition_questions, advantages, balanced_target, digits, make_optimizer,
+                   parse_knob, sample, schedule, show_tokens)
 
 
 # ---- sampling
@@ -146,6 +146,47 @@ def test_policy_gradients_point_where_the_exact_gradient_does(kind):
 def test_digits():
     assert digits(torch.tensor([0, 7, 123]), 3).tolist() == [[0, 0, 0], [0, 0, 7], [1, 2, 3]]
     assert digits(torch.tensor([5, 6]), 3, base=2).tolist() == [[1, 0, 1], [1, 1, 0]]
+
+
+@pytest.mark.parametrize('how', [
+    dict(task='add', n_states=7), dict(task='add', n_states=6, ops='+'), dict(task='perm', n_states=5, n_letters=3),
+    dict(task='s5', n_states=2, n_letters=4), dict(task='hop', n_states=6), dict(task='sort', n_states=9, n_letters=5)])
+@pytest.mark.parametrize('depth', [1, 4])
+def test_answers_of_serial_tasks_by_brute_force(how, depth):
+    task = SerialTask(**how, seed=3)
+    question, states = task.draw(200, depth, torch.Generator().manual_seed(0))
+    assert states.shape == (200, depth) and question.shape == (200, task.n_prefix + depth + 2)
+    words = [[task.names[i] for i in row] for row in question.tolist()]
+    assert len(set(task.names)) == len(task.names) and {row[-1] for row in words} == {'='}
+    elements = list(itertools.permutations(range(5)))
+    for row, right in zip(words, states.tolist()):
+        prefix, start, operations = row[:task.n_prefix], row[task.n_prefix], row[task.n_prefix + 1:-1]
+        if how['task'] == 'sort':
+            assert right == sorted(int(number) for number in [*prefix, start])[:depth] and len({*prefix, start}) == 5
+            continue
+        arrows, state = dict(arrow.split('>') for arrow in prefix), int(start)
+        for operation, after in zip(operations, right):
+            if how['task'] == 'add':
+                c = int(operation[1:])
+                state = (state + c if operation[0] == '+' else state * c) % how['n_states']
+            elif how['task'] == 'perm':
+                state = task.table[int(operation[1:])].tolist()[state]
+            elif how['task'] == 's5':
+                state = elements.index(tuple(int(operation[i]) for i in elements[state]))
+            else:
+                state = int(arrows[str(state)])
+            assert state == after
+    if how['task'] == 'hop':
+        assert all(len({word.split('>')[0] for word in row[:6]}) == 6 for row in words)
+    if task.table is not None:      # every operation is one that can be undone
+        assert (task.table.sort(1).values == torch.arange(task.n_states)).all()
+
+
+def test_serial_tasks_are_seeded():
+    one, same, other = (SerialTask('perm', 9, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one.table, same.table) and not torch.equal(one.table, other.table)
+    draws = [SerialTask('hop', 5).draw(9, 2, torch.Generator().manual_seed(s))[0] for s in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 def test_questions_of_three_numbers():
