@@ -124,6 +124,8 @@ THINKING = {    # row: (knobs, what it shows)
     'add-none': ('--thoughts=none --max_steps=12000', 'none, three times the steps'),
     'add-none-learned': ('--thoughts=none --positions=learned --recount=False --max_steps=12000',
                          'none, positions as usual'),
+    'add-none-direct': ('--thoughts=none --positions=learned --recount=False --advance_at=0 --max_steps=12000',
+                        'none, positions as usual, full depth at once'),
     'add-filler': ('--thoughts=filler', 'the same thought again and again'),
     'add-random': ('--thoughts=random', 'random thoughts'),
     'add-chain': ('--thoughts=chain', 'supervised: the true states'),
@@ -391,11 +393,11 @@ def columns(suite, runs):
         kinds = ('shuffled', 'random', 'constant', 'none')
         said = {'held out': spread([run['heldout_accuracy'] for run in runs], 3)}
         if suite != 'needs':
-            said[' / '.join(kinds)] = ' / '.join(f'{mean(run["ablation"][kind] for run in runs):.3f}' for kind in kinds
-                                                 ) if 'ablation' in runs[0] else ''
+            used = [run['ablation'] for run in runs if 'ablation' in run]
+            said[' / '.join(kinds)] = ' / '.join(f'{mean(run[kind] for run in used):.3f}' for kind in kinds if used)
         if suite == 's5':
-            for depth in ('32', '64'):
-                tried = [run['accuracy_at_depth'][depth] for run in runs if depth in run['accuracy_at_depth']]
+            for depth in ('16', '32', '64'):
+                tried = [run['accuracy_at_depth'][depth] for run in runs if depth in run.get('accuracy_at_depth', {})]
                 said[f'at depth {depth}'] = spread(tried, 3) if tried else ''
         reached = [run['step_of_99'] for run in runs if run['step_of_99']]
         return {**said, 'depth': spread([run['depth'] for run in runs], 1),
