@@ -119,6 +119,7 @@ S5 = '--task=s5 --d_thought_vocab=256 --n_layer=2 --d_model=128 --batch_size=256
 PLUS = '--ops=+ --k=1 --input_max=31 --max_steps=3000'
 HOP = '--task=hop --input_max=10 --k=8 --k_test=16 --n_layer=2 --positions=rotary'
 FREE = '--fixed=False --hardest=.2 --learning_rate=5e-4 --max_steps=3000'
+LESS = '--max_steps=4000 --eval_every=500'
 THINKING = {    # row: (knobs, what it shows)
     'add': ('', 'the main case'),
     'add-none': ('--thoughts=none --max_steps=12000', 'none, three times the steps'),
@@ -126,16 +127,16 @@ THINKING = {    # row: (knobs, what it shows)
                          'none, positions as usual'),
     'add-none-direct': ('--thoughts=none --positions=learned --recount=False --advance_at=0 --max_steps=12000',
                         'none, positions as usual, full depth at once'),
-    'add-filler': ('--thoughts=filler', 'the same thought again and again'),
-    'add-random': ('--thoughts=random', 'random thoughts'),
-    'add-chain': ('--thoughts=chain', 'supervised: the true states'),
-    'perm': ('--task=perm --input_max=10', 'permutations of ten things'),
+    'add-filler': (f'--thoughts=filler {LESS}', 'the same thought again and again'),
+    'add-random': (f'--thoughts=random {LESS}', 'random thoughts'),
+    'add-chain': (f'--thoughts=chain {LESS}', 'supervised: the true states'),
+    'perm': (f'--task=perm --input_max=10 {LESS}', 'permutations of ten things'),
     'perm-none': ('--task=perm --input_max=10 --thoughts=none --max_steps=12000', 'none, three times the steps'),
     'perm-none-learned': ('--task=perm --input_max=10 --thoughts=none --positions=learned --recount=False '
                           '--max_steps=12000', 'none, positions as usual'),
-    'perm-filler': ('--task=perm --input_max=10 --thoughts=filler', 'the same thought again and again'),
-    'perm-random': ('--task=perm --input_max=10 --thoughts=random', 'random thoughts'),
-    'perm-chain': ('--task=perm --input_max=10 --thoughts=chain', 'supervised: the true states'),
+    'perm-filler': (f'--task=perm --input_max=10 --thoughts=filler {LESS}', 'the same thought again and again'),
+    'perm-random': (f'--task=perm --input_max=10 --thoughts=random {LESS}', 'random thoughts'),
+    'perm-chain': (f'--task=perm --input_max=10 --thoughts=chain {LESS}', 'supervised: the true states'),
 }
 NEEDS = {
     'recount': ('--recount=False', 'thoughts are numbered on'),
@@ -215,8 +216,8 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
                        f'--batch_size=8192 --max_steps=500 --eval_every=20 {SLOWER}', 'eight batches an epoch'),
     },
     'thinking': {row: ('cpu', 'add_think', *knobs) for row, knobs in THINKING.items()},
-    'needs': {'whole': ('cpu', 'add_think', '', 'the whole recipe'),
-              **{row: ('cpu', 'add_think', *knobs) for row, knobs in NEEDS.items()}},
+    'needs': {'whole': ('cpu', 'add_think', LESS, 'the whole recipe'),
+              **{row: ('cpu', 'add_think', f'{knobs} {LESS}', what) for row, (knobs, what) in NEEDS.items()}},
     's5': {
         '16': ('cuda', 'add_think', f'{S5} --k=16 --k_test=64 --max_steps=3500', 'sixteen operations, too few steps'),
         '16-none': ('cuda', 'add_think', f'{S5} --k=16 --max_steps=7000 --thoughts=none', 'none, twice the steps'),
@@ -225,10 +226,10 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     'buys': {
         'plus': ('cpu', 'add_think', f'{PLUS} --think_len=2', 'a + b, two thoughts'),
         'plus-none': ('cpu', 'add_think', f'{PLUS} --thoughts=none', 'no thoughts'),
-        'totals': ('cpu', 'add_think', '--ops=+', 'only additions, which can all be done at once'),
-        'totals-none': ('cpu', 'add_think', '--ops=+ --thoughts=none', 'no thoughts'),
-        'sort': ('cpu', 'add_think', '--task=sort --input_max=20', 'the sixth smallest of ten'),
-        'sort-none': ('cpu', 'add_think', '--task=sort --input_max=20 --thoughts=none', 'no thoughts'),
+        'totals': ('cpu', 'add_think', f'--ops=+ {LESS}', 'only additions, which can all be done at once'),
+        'totals-none': ('cpu', 'add_think', f'--ops=+ --thoughts=none {LESS}', 'no thoughts'),
+        'sort': ('cpu', 'add_think', f'--task=sort --input_max=20 {LESS}', 'the sixth smallest of ten'),
+        'sort-none': ('cpu', 'add_think', f'--task=sort --input_max=20 --thoughts=none {LESS}', 'no thoughts'),
         'hop': ('cpu', 'add_think', f'{HOP} --max_steps=2000', 'eight hops, two layers'),
         'hop-none': ('cpu', 'add_think', f'{HOP} --max_steps=4000 --thoughts=none', 'none, twice the steps'),
     },

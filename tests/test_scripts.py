@@ -498,9 +498,9 @@ def assert_same_runs(a, b):
     (VARIANTS[name][0], VARIANTS[name][1:]) for name in ('sampled', 'reinforce', 'many written', 'free'))])
 def test_killed_and_resumed_equals_uninterrupted(script, more, tmp_path):
     """Killed at any step, resumed, killed again, before or after the next checkpoint, resumed."""
-    more = [*more, '--max_steps=200', '--eval_every=37', '--log_every=2']
-    first = random.randint(2, 40)
-    second = random.randint(first + 1, 60)
+    more = [*more, '--max_steps=130', '--eval_every=37', '--log_every=2']
+    first = random.randint(2, 25)
+    second = random.randint(first + 1, 40)
     print(f'killed when the log has {first} and {second} lines')
     whole = start(script, f'--out_dir={tmp_path}/whole', *more)     # meanwhile
     kill_at_line(first, script, tmp_path / 'killed', *more)
