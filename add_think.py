@@ -46,6 +46,7 @@ k_test = 0                      # greatest depth that is tested; above k nothing
 heldout = .1                    # share of the questions of depth k that is never trained on
 batch_size = 32                 # questions per step, over all processes
 max_steps = 8000                # updates; the learning rate falls to zero over their second half
+enough = 1.                     # share of right answers to held-out questions that ends training; above 1: none
 max_seconds = 1e6               # stop after this wall-clock time
 learning_rate = 2e-3
 weight_decay = 0.
@@ -59,8 +60,8 @@ thoughts = 'own'                # 'own' | 'none' | 'filler' | 'random' | 'chain'
 d_thought_vocab = 32            # L: thought tokens
 think_len = 0                   # T: thoughts per question; 0: one less than its operations, if not fixed k + 1 for all
 fixed = True                    # always T thoughts; False: up to T, end_thought ends them
-think_cost = .3                 # what a thought costs if their number is not fixed, nats
-forced = .25                    # share of rollouts whose number of thoughts is drawn at random if it is not fixed
+think_cost = .2                 # what a thought costs if their number is not fixed, nats
+forced = .5                     # share of rollouts whose number of thoughts is drawn at random if it is not fixed
 answer_at = 'last'              # 'last' | 'end': the answer is read at the last thought, or at end_thought behind it
 hardest = .8                    # share of steps with questions of the greatest depth so far; the others are of any less
 advance_at = .96                # share of right answers, a running mean, at which depth grows by one
@@ -73,7 +74,7 @@ memory = .9                     # share of the counts of written codes that is k
 epsilon = 0.                    # share of a rollout's thoughts that are drawn at random
 entropy_weight = .05            # of a bonus for the entropy of thoughts, when a depth is new
 entropy_steps = 300             # steps over which it falls to zero
-eval_every = 1000               # steps between evaluations, each with a checkpoint and samples
+eval_every = 500                # steps between evaluations, each with a checkpoint and samples
 eval_questions = 2000           # questions per evaluation
 log_every = 10                  # steps between lines of metrics.jsonl
 seed = 0                        # of weights, task, questions and thoughts
@@ -303,6 +304,8 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
     if step % eval_every == 0:
         save(step)
         evaluate(step)
+        if run.best >= enough and state['depth'] == k:
+            break
     schedule(optimizer, learning_rate, step, max_steps, warmup_steps)
 
     # a batch of questions of one depth; every process draws all of it and takes its share

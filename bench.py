@@ -118,8 +118,8 @@ VARIANTS = {    # row: (knobs, why it learns or does not)
 S5 = '--task=s5 --d_thought_vocab=256 --n_layer=2 --d_model=128 --batch_size=256 --advance_at=.85 --eval_every=1000'
 PLUS = '--ops=+ --k=1 --input_max=31 --max_steps=3000'
 HOP = '--task=hop --input_max=10 --k=8 --k_test=16 --n_layer=2 --positions=rotary'
-FREE = '--fixed=False --hardest=.2 --learning_rate=5e-4 --max_steps=3000'
-LESS = '--max_steps=4000 --eval_every=500'
+FREE = '--fixed=False --hardest=.2 --learning_rate=5e-4 --group_size=16 --max_steps=2500 --enough=2'
+LESS = '--max_steps=4000 --enough=2'
 THINKING = {    # row: (knobs, what it shows)
     'add': ('', 'the main case'),
     'add-none': ('--thoughts=none --max_steps=12000', 'none, three times the steps'),

@@ -15,7 +15,7 @@ TINY = {'add_think_blind': ['--input_max=7', '--d_thought_vocab=7', '--think_len
                             '--n_head=2', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu'],
         'add_think': ['--input_max=3', '--k=3', '--advance_at=.3', '--batch_size=8', '--group_size=4', '--d_model=16',
                       '--n_head=2', '--d_thought_vocab=5', '--max_steps=6', '--eval_every=3', '--log_every=1',
-                      '--eval_questions=20', '--device=cpu'],
+                      '--eval_questions=20', '--enough=2', '--device=cpu'],
         'add_normal': ['--input_max=7', '--batch_size=16', '--d_model=16', '--n_head=2', '--max_steps=6',
                        '--eval_every=3', '--log_every=1', '--device=cpu'],
         'autoencoder_think': ['--input_max=8', '--d_thought_vocab=3', '--batch_size=4', '--d_model=16', '--n_head=2',
