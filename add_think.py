@@ -266,9 +266,8 @@ def evaluate(step):
     return result
 
 
-def show_meaning():
-    """Print which thoughts are written for which state, and draw it: meaning.html."""
-    _, states, thought, *_ = test(k)
+def show_meaning(states, thought):
+    """Print which thoughts (n, T) are written for which state (n, k), and draw it: meaning.html."""
     counts = meaning(states, thought)
     for value in range(min(n_states, 12)):
         most = counts[:, value].topk(min(3, d_thought_vocab))
@@ -356,9 +355,9 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
             loss = loss - log_pi.sum(1).mean()
     loss.backward()
     world.mean_gradients(model.parameters())
-    logged = {'depth': greatest, 'loss': loss.item()}
     if step % log_every == 0:
-        logged['gradient_norm'] = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+        logged = {'depth': greatest, 'loss': loss.item(), 'gradient_norm': torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters()]).item()}
     optimizer.step()
     optimizer.zero_grad()
     if baseline == 'no_think':
@@ -398,5 +397,5 @@ if n_thoughts(k):
     question, states, thought, *_ = tests[k]
     result['ablation'] = {name: judge(question, states, replaced)[1]
                           for name, replaced in ablations(thought, thought_tokens).items()}
-    show_meaning()
+    show_meaning(states, thought)
 run.finish(steps=n_steps, **result)

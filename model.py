@@ -556,7 +556,7 @@ def make_model(config, checkpoint=None, name='model'):
     if name not in checkpoint['models']:
         raise ValueError(f'the checkpoint has no model called {name}, but {", ".join(checkpoint["models"])}')
     model = unpack(checkpoint['models'][name])
-    if isinstance(config, ThinkingModelConfig) and isinstance(model, GPT2) and not isinstance(model, GPT2Thinking):
+    if isinstance(config, ThinkingModelConfig) and not isinstance(model, GPT2Thinking):
         model = GPT2Thinking.from_normal(model, config.d_thought_vocab)
     for field, value in asdict(config).items():
         if getattr(model.config, field, None) != value:
