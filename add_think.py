@@ -60,8 +60,8 @@ thoughts = 'own'                # 'own' | 'none' | 'filler' | 'random' | 'chain'
 d_thought_vocab = 32            # L: thought tokens
 think_len = 0                   # T: thoughts per question; 0: one less than its operations, if not fixed k + 1 for all
 fixed = True                    # always T thoughts; False: up to T, end_thought ends them
-think_cost = .2                 # what a thought costs if their number is not fixed, nats
-forced = .5                     # share of rollouts whose number of thoughts is drawn at random if it is not fixed
+think_cost = .1                 # what a thought costs if their number is not fixed, nats
+cut = .5                        # share of rollouts that are cut short at random if their number is not fixed
 answer_at = 'last'              # 'last' | 'end': the answer is read at the last thought, or at end_thought behind it
 hardest = .8                    # share of steps with questions of the greatest depth so far; the others are of any less
 advance_at = .96                # share of right answers, a running mean, at which depth grows by one
@@ -73,7 +73,8 @@ code_price = 3.                 # price of a code, nats per log of how much too 
 memory = .9                     # share of the counts of written codes that is kept per step
 epsilon = 0.                    # share of a rollout's thoughts that are drawn at random
 entropy_weight = .05            # of a bonus for the entropy of thoughts, when a depth is new
-entropy_steps = 300             # steps over which it falls to zero
+entropy_steps = 300             # steps over which it falls
+entropy_end = .01               # to this, so that a name can still be changed
 eval_every = 500                # steps between evaluations, each with a checkpoint and samples
 eval_questions = 2000           # questions per evaluation
 log_every = 10                  # steps between lines of metrics.jsonl
@@ -319,16 +320,15 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
     answer = states[:, -1].repeat_interleave(G)                                     # (B G,)
 
     with world.autocast:
-        # rollouts; the number of thoughts of some is forced to be a random one
-        how = {'epsilon': epsilon} if thinks else {}
-        which = torch.ones(len(noise), device=world.device)                         # (B G,), below forced for these
+        # rollouts; where their number of thoughts is not fixed, some are cut short, to see what fewer would have done
+        thought = think(question, states, noise, **({'epsilon': epsilon} if thinks else {}))        # (B G, T)
+        whole = torch.ones(len(noise), dtype=torch.bool, device=world.device)                       # (B G,)
         if not fixed:
-            which, at = world.draw(torch.rand, batch_size, G, 2).flatten(0, 1).T    # (B G,)
-            how['bias'] = F.pad(torch.where(which < forced, -1e9, 0.)[:, None], (d_thought_vocab, 0))   # does not end
-        thought = think(question, states, noise, **how)                             # (B G, T)
-        if not fixed:
-            end = torch.where(which < forced, (at * (T + 1)).long(), T)
+            which, at = world.draw(torch.rand, batch_size, G, 2).flatten(0, 1).T                    # (B G,)
+            whole, end = which >= cut, model.n_thoughts(thought)
+            end = torch.where(whole, end, (at * (end + 1)).long())
             thought = thought.masked_fill(torch.arange(T, device=end.device) >= end[:, None], model.config.end_thought)
+            thought = thought[:, :world.gather(end).max() + 1]      # what is longer is nobody's
         question = question.repeat_interleave(G, dim=0)
         log_pi, entropy, log_q = respond(question, thought)
         right = log_q.gather(1, answer[:, None]).view(-1, G)                        # (B, G) log p(answer)
@@ -349,7 +349,8 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
                     base = respond(question[::G], nothing, models['lagged'])[2].gather(1, answer[::G, None])    # (B, 1)
             weights = advantages(rewards, advantage if baseline == 'group' else 'reinforce', tau, base)     # (B, G)
             state['baseline'].lerp_(world.gather(rewards).mean(), .1)
-            bonus = entropy_weight * max(0, 1 - (step - state['since'].item()) / max(1, entropy_steps))
+            new = max(0, 1 - (step - state['since'].item()) / max(1, entropy_steps))      # falls from 1 to 0
+            bonus = entropy_end + (entropy_weight - entropy_end) * new
             loss = loss - (weights * log_pi.sum(1).view(-1, G)).sum(1).mean() - bonus * entropy.sum(1).mean()
         elif thoughts == 'chain':
             loss = loss - log_pi.sum(1).mean()
@@ -366,7 +367,7 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
 
     # are answers good enough for deeper questions?
     if depth == greatest:
-        share = world.gather((log_q.argmax(-1) == answer).float())[world.gather(which) >= forced].mean()
+        share = world.gather((log_q.argmax(-1) == answer).float())[world.gather(whole)].mean()
         share = share.nan_to_num(0.)        # of none
         state['accuracy'].lerp_(share, .05)
         if depth < k and state['accuracy'] >= advance_at:

@@ -130,13 +130,10 @@ THINKING = {    # row: (knobs, what it shows)
     'add-filler': (f'--thoughts=filler {LESS}', 'the same thought again and again'),
     'add-random': (f'--thoughts=random {LESS}', 'random thoughts'),
     'add-chain': (f'--thoughts=chain {LESS}', 'supervised: the true states'),
-    'perm': (f'--task=perm --input_max=10 {LESS}', 'permutations of ten things'),
+    'perm': ('--task=perm --input_max=10', 'permutations of ten things'),
     'perm-none': ('--task=perm --input_max=10 --thoughts=none --max_steps=12000', 'none, three times the steps'),
     'perm-none-learned': ('--task=perm --input_max=10 --thoughts=none --positions=learned --recount=False '
                           '--max_steps=12000', 'none, positions as usual'),
-    'perm-filler': (f'--task=perm --input_max=10 --thoughts=filler {LESS}', 'the same thought again and again'),
-    'perm-random': (f'--task=perm --input_max=10 --thoughts=random {LESS}', 'random thoughts'),
-    'perm-chain': (f'--task=perm --input_max=10 --thoughts=chain {LESS}', 'supervised: the true states'),
 }
 NEEDS = {
     'recount': ('--recount=False', 'thoughts are numbered on'),
@@ -144,11 +141,10 @@ NEEDS = {
     'learned': ('--positions=learned', 'an embedding for every position'),
     'rotary': ('--positions=rotary', 'rotary positions'),
     'price': ('--code_price=0', 'codes without a price'),
-    'entropy': ('--entropy_weight=.1 --entropy_steps=100000', 'a larger bonus for entropy, which stays'),
+    'entropy': ('--entropy_weight=.1 --entropy_end=.1', 'a larger bonus for entropy, which stays'),
+    'certain': ('--entropy_end=0', 'a bonus that falls to nothing'),
     'hardest': ('--hardest=1', 'no easier questions in between'),
     'batch': ('--baseline=batch', 'compared with the mean reward of all questions'),
-    'grpo': ('--advantage=grpo', 'divided by the standard deviation'),
-    'softmax': ('--advantage=softmax', 'weighted by softmax(reward / tau)'),
 }
 SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     'learning': {
@@ -216,10 +212,9 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
                        f'--batch_size=8192 --max_steps=500 --eval_every=20 {SLOWER}', 'eight batches an epoch'),
     },
     'thinking': {row: ('cpu', 'add_think', *knobs) for row, knobs in THINKING.items()},
-    'needs': {'whole': ('cpu', 'add_think', LESS, 'the whole recipe'),
-              **{row: ('cpu', 'add_think', f'{knobs} {LESS}', what) for row, (knobs, what) in NEEDS.items()}},
+    'needs': {row: ('cpu', 'add_think', *knobs) for row, knobs in NEEDS.items()},
     's5': {
-        '16': ('cuda', 'add_think', f'{S5} --k=16 --k_test=64 --max_steps=3500', 'sixteen operations, too few steps'),
+        '16': ('cuda', 'add_think', f'{S5} --k=16 --k_test=64 --max_steps=5000', 'sixteen operations'),
         '16-none': ('cuda', 'add_think', f'{S5} --k=16 --max_steps=7000 --thoughts=none', 'none, twice the steps'),
         '32': ('cuda', 'add_think', f'{S5} --k=32 --k_test=64 --max_steps=5000', 'thirty-two operations'),
     },
