@@ -67,7 +67,8 @@ LIMITS = {  # smallest and largest value of a knob besides its default; the othe
     'k_test': (0, 2**12),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
     **dict.fromkeys(('epsilon', 'memory', 'hardest', 'advance_at', 'cut'), (0, 1)),
-    'heldout': (0, .99), 'temperature': (1e-3, 1e3), 'top_p': (1e-6, 1),
+    **dict.fromkeys(('heldout', 'val_share'), (0, .99)), 'n_tokens': (1, 10**12), 'n_questions': (2, 10**8),
+    'temperature': (1e-3, 1e3), 'top_p': (1e-6, 1),
 }
 # knobs that may differ when a run is resumed; they do not name its folder either
 FREE = ('init_from', 'eval_only', 'out_dir', 'max_steps', 'max_seconds', 'eval_every', 'log_every', 'wandb_mode',

@@ -41,7 +41,7 @@ def run(script, *arguments, **how):
 def run_here(monkeypatch, capsys):
     """Run a script in this process: (exit code, stdout, stderr). Quicker, as torch is loaded."""
     def run_here(script, *arguments):
-        monkeypatch.setattr(sys, 'argv', [f'{script}.py', *TINY[script], *arguments])
+        monkeypatch.setattr(sys, 'argv', [f'{script}.py', *TINY.get(script, ()), *arguments])
         capsys.readouterr()
         code = 0
         try:
