@@ -79,6 +79,7 @@ class ThinkingModelConfig(ModelConfig):
     d_thought_vocab: int = 10   # L, without end_thought
     input_kind: str = 'all'     # 'all' | 'normal' | 'thought'
     output_kind: str = 'all'    # 'all' | 'normal' | 'thought'
+    gate: bool = False          # see GPT2Thinking.think_everywhere
 
     def __post_init__(self):
         if self.d_normal_vocab < 1 or self.d_thought_vocab < 1:
@@ -122,8 +123,13 @@ class KVCache:
         self.positions = torch.empty(n_positions, dtype=torch.long, device=device)
         self.length = 0     # tokens in it
 
+    def place(self, positions):
+        """Note the positions (S,) of the tokens to come; return those of all tokens with them. Layers call append."""
+        self.positions[self.length:self.length + len(positions)] = positions
+        return self.positions[:self.length + len(positions)]
+
     def append(self, layer, k, v):
-        """Store k, v (B, H, S, D) behind what is there; return all keys and values so far. GPT2.hidden moves length."""
+        """Store k, v (B, H, S, D) behind what is there; return all keys and values so far. GPT2.layers moves length."""
         end = self.length + k.shape[2]
         self.kv[layer, 0, :, :, self.length:end] = k
         self.kv[layer, 1, :, :, self.length:end] = v
@@ -135,16 +141,38 @@ class KVCache:
         return self
 
 
-def attention(q, k, v, bias=None):
+class GrowingCache:
+    """The same in memory that grows, through which gradients pass: (2, B, H, S, D) for each layer."""
+
+    def __init__(self):
+        self.kv, self.positions, self.length = {}, None, 0
+
+    def place(self, positions):
+        self.positions = positions if self.length == 0 else torch.cat([self.positions, positions])
+        return self.positions
+
+    def append(self, layer, k, v):
+        kv = torch.stack([k, v])
+        self.kv[layer] = torch.cat([self.kv[layer], kv], dim=3) if layer in self.kv else kv
+        return self.kv[layer]
+
+    def repeat(self, n):
+        self.kv = {layer: kv.repeat_interleave(n, dim=1) for layer, kv in self.kv.items()}
+        return self
+
+
+def attention(q, k, v, bias=None, visible=None):
     """
-    Causal attention of q (B, H, Sq, D), the last Sq of the Sk positions, to k and v (B, H, Sk, D). Returns q's shape.
-    bias: (H, Sq, Sk), added to the scores.
+    Attention of q (B, H, Sq, D), the last Sq of the Sk tokens, to k and v (B, H, Sk, D). Returns q's shape.
+    visible: (Sq, Sk), True for what each may see; None: those before it and itself. bias: (H, Sq, Sk), added to scores.
     """
     n_query, n_key = q.shape[2], k.shape[2]
     tiny = n_key <= TINY and (q.is_cuda or q.requires_grad and n_query > 1)
-    if not tiny and bias is None and n_query in (1, n_key):
+    if not tiny and bias is None and visible is None and n_query in (1, n_key):
         return F.scaled_dot_product_attention(q, k, v, is_causal=n_query > 1)
-    mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)      # (Sq, Sk) may see
+    mask = visible
+    if visible is None:
+        mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)  # (Sq, Sk)
     if bias is not None:
         mask = bias.to(q.dtype).masked_fill(~mask, -torch.inf)                                      # (H, Sq, Sk)
     if not tiny:
@@ -184,7 +212,7 @@ class Attention(nn.Module):
         mask = [1, 0, 1]        # of queries, keys, values
         self.c_attn.bias.register_hook(lambda grad: torch.cat([part * m for part, m in zip(grad.chunk(3), mask)]))
 
-    def forward(self, x, layer, cache, places):
+    def forward(self, x, layer, cache, places, visible):
         B, S, d_model = x.shape
         q, k, v = (y.view(B, S, self.n_head, -1).transpose(1, 2)           # (B, H, S, D)
                    for y in self.c_attn(x).split(d_model, dim=-1))
@@ -193,7 +221,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         bias = 8 * self.relative(places).permute(2, 0, 1) if self.positions == 'relative' else None     # (H, Sq, Sk)
-        return self.c_proj(attention(q, k, v, bias).transpose(1, 2).reshape(B, S, d_model))
+        return self.c_proj(attention(q, k, v, bias, visible).transpose(1, 2).reshape(B, S, d_model))
 
 
 class MLP(nn.Module):
@@ -214,8 +242,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.d_model)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer, cache=None, places=None):
-        x = x + self.attn(self.ln_1(x), layer, cache, places)
+    def forward(self, x, layer, cache=None, places=None, visible=None):
+        x = x + self.attn(self.ln_1(x), layer, cache, places, visible)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -280,38 +308,48 @@ class GPT2(nn.Module):
                     distance = torch.arange(-REACH, REACH + 1).abs()
                     p.copy_(-10 / 8 * distance[:, None] * .5 ** torch.arange(self.config.n_head))
 
-    def hidden(self, tokens, cache=None, positions=None):
+    def embed(self, tokens):
         """
         tokens: (B, S), or how much there is of each token that can be read, (B, S, len(config.reads)), for gradients
-        with respect to tokens; appended to what the cache holds. positions: (S,), where the tokens say they are; None:
-        where they are. Returns the last layer's states (B, S, d_model).
+        with respect to tokens. Returns embeddings (B, S, d_model).
+        """
+        return tokens @ self.wte.weight if tokens.is_floating_point() else self.wte(tokens - self.config.reads.start)
+
+    def layers(self, x, cache=None, positions=None, visible=None):
+        """
+        x: (B, S, d_model), embeddings of tokens that are appended to what the cache holds. positions: (S,), where they
+        say they are; None: where they are. visible: see attention; then it is for the caller to mind block_size.
+        Returns the last layer's states (B, S, d_model).
         """
         start = 0 if cache is None else cache.length
-        end = start + tokens.shape[1]
-        if end > self.config.block_size:
+        end = start + x.shape[1]
+        if end > self.config.block_size and visible is None:
             raise ValueError(f'{end} tokens are more than block_size={self.config.block_size}')
-        soft = tokens.is_floating_point()
-        x = tokens @ self.wte.weight if soft else self.wte(tokens - self.config.reads.start)
         if positions is None:
-            positions = torch.arange(start, end, device=tokens.device)
-        keys, places = positions, None          # positions (Sk,) of all tokens read
-        if cache is not None:
-            cache.positions[start:end] = positions
-            keys = cache.positions[:end]
+            positions = torch.arange(start, end, device=x.device)
+        keys, places = positions if cache is None else cache.place(positions), None     # keys (Sk,): of all tokens
         if self.config.positions == 'learned':
-            x = x + self.wpe(positions)                                                # (B, S, d_model)
+            x = x + self.wpe(positions)                                                 # (B, S, d_model)
         elif self.config.positions == 'rotary':
             places = turns(positions, self.config.d_model // self.config.n_head)
         else:
             places = (keys - positions[:, None]).clamp(-REACH, REACH) + REACH           # (S, Sk)
         for layer, block in enumerate(self.h):
-            x = block(x, layer, cache, places)
+            x = block(x, layer, cache, places, visible)
         if cache is not None:
             cache.length = end
         return self.ln_f(x)
 
+    def hidden(self, tokens, cache=None, positions=None):
+        """States (B, S, d_model) of the last layer at tokens, as embed takes them; for the rest, see layers."""
+        return self.layers(self.embed(tokens), cache, positions)
+
+    def logits(self, states, among):
+        """Logits (..., len(among)) of a range of tokens at states (..., d_model)."""
+        return F.linear(states, self.lm_head.weight[self.columns(among)])
+
     def forward(self, tokens, cache=None, positions=None):
-        """tokens: (B, S). Returns logits (B, S, V), column i for token config.writes[i]. See hidden."""
+        """tokens: (B, S). Returns logits (B, S, V), column i for token config.writes[i]. See layers."""
         return self.lm_head(self.hidden(tokens, cache, positions))
 
     def columns(self, among):
@@ -328,7 +366,7 @@ class GPT2(nn.Module):
         Continue each prompt by n_new tokens, n_rollouts times. The prompt is read once for all its rollouts.
 
         prompt: (B, S) tokens, S >= 1. Rows of the result: N = B * n_rollouts, those of one prompt side by side.
-        positions: (S,) of the prompt's tokens, see hidden; new tokens go on behind the last.
+        positions: (S,) of the prompt's tokens, see layers; new tokens go on behind the last.
         among: range of tokens to choose from. stop: token after which a row is done.
         how: temperature, top_k, top_p, epsilon and bias (N, tokens to choose from), see utils.sample.
         noise: (N, n_new) uniform in [0, 1), one number decides one token; drawn here when None.
@@ -339,7 +377,6 @@ class GPT2(nn.Module):
         N, device = len(prompt) * n_rollouts, prompt.device
         positions = go_on(positions, prompt.shape[1], n_new, device)                    # (S + n_new,)
         among = among or self.config.writes
-        columns = self.columns(among)
         if noise is None:
             noise = torch.rand(N, n_new, device=device)
         tokens = torch.full((N, n_new), 0 if stop is None else stop, device=device)
@@ -360,7 +397,7 @@ class GPT2(nn.Module):
             elif t:
                 rows, back = merge_rows(sequence[:, :end]) if merge else (slice(None), slice(None))
                 state = self.hidden(sequence[rows, :end], None, positions[:end])[back, -1]
-            token, log_prob = sample(self.lm_head(state)[:, columns], noise[:, t], **how)
+            token, log_prob = sample(self.logits(state, among), noise[:, t], **how)
             token = token + among.start                                     # (N,)
             if stop is not None:
                 token, log_prob = torch.where(alive, token, stop), torch.where(alive, log_prob, 0.)
@@ -382,7 +419,7 @@ class GPT2(nn.Module):
         read = torch.cat([prompt, tokens[:, :-1]], dim=1)
         rows, back = merge_rows(read) if merge else (slice(None), slice(None))
         states = self.hidden(read[rows])[:, prompt.shape[1] - 1:]                           # (rows, T, d_model)
-        log_p = self.lm_head(states)[..., self.columns(among)].float().log_softmax(-1)      # (rows, T, tokens)
+        log_p = self.logits(states, among).float().log_softmax(-1)                          # (rows, T, tokens)
         chosen = log_p[back].gather(-1, (tokens - among.start)[..., None])[..., 0]
         return (chosen, -(log_p.exp() * log_p).sum(-1)[back]) if entropy else chosen
 
@@ -434,6 +471,11 @@ HF_FIXED = {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scal
 class GPT2Thinking(GPT2):
     """A GPT2 with thought tokens. What it reads and writes is in its ThinkingModelConfig."""
 
+    def __init__(self, config):
+        super().__init__(config)
+        if config.gate:     # how much each number of a state with thoughts counts; nothing at first
+            self.gate = nn.Parameter(torch.zeros(config.d_model))
+
     def thought_range(self, fixed):
         """Tokens that a thinking policy chooses from: the thoughts, and end_thought unless their number is fixed."""
         return range(self.config.d_normal_vocab, self.config.end_thought + (not fixed))
@@ -483,7 +525,7 @@ class GPT2Thinking(GPT2):
         if question is not None:
             sequence, position = torch.cat([question, sequence], dim=1), position + question.shape[1]
         states = self.hidden(sequence)[torch.arange(len(sequence), device=sequence.device), position]
-        return self.lm_head(states)[:, self.columns(range(self.config.d_normal_vocab))]
+        return self.logits(states, range(self.config.d_normal_vocab))
 
     def think_and_answer(self, question, thoughts, fixed=True, close=True, positions=None):
         """
@@ -495,30 +537,91 @@ class GPT2Thinking(GPT2):
         (N, S), T, choices = question.shape, thoughts.shape[1], self.thought_range(fixed)
         sequence = torch.cat([question, thoughts, thoughts.new_full((N, close), self.config.end_thought)], dim=1)
         states = self.hidden(sequence, None, go_on(positions, S, T + close, sequence.device))
-        log_p = self.lm_head(states[:, S - 1:S - 1 + T])[..., self.columns(choices)].float().log_softmax(-1)
+        log_p = self.logits(states[:, S - 1:S - 1 + T], choices).float().log_softmax(-1)
         length = self.n_thoughts(thoughts)                                                          # (N,)
         chosen = torch.arange(T, device=sequence.device) <= length[:, None]                         # (N, T)
         log_probs = log_p.gather(-1, (thoughts - choices.start)[..., None])[..., 0]
         entropies = -(log_p.exp() * log_p).sum(-1)
         read = states[torch.arange(N, device=sequence.device), S - 1 + length + close]              # (N, d_model)
-        logits = self.lm_head(read)[:, self.columns(range(self.config.d_normal_vocab))]
+        logits = self.logits(read, range(self.config.d_normal_vocab))
         return torch.where(chosen, log_probs, 0.), torch.where(chosen, entropies, 0.), logits
 
+    def think_everywhere(self, tokens, noise, *, thought='token', readers='own', fixed=True, given=None, **how):
+        """
+        Thoughts at every position of text at once: one pass over S positions for each of T thoughts. The thoughts of a
+        position follow on its token, as if the text behind it were not there; it sees the text up to itself and its own
+        thoughts (a diagonal of the mask for each, as in Quiet-STaR, Zelikman et al. 2024).
+
+        tokens: (B, S), S + T at most block_size. noise: (N, S, T), see utils.sample; N / B rollouts of each row.
+        thought: 'token' | 'straight_through', tokens whose gradient is that of their probabilities | 'continuous', the
+        last state itself is read again (Hao et al. 2024), and there are no tokens.
+        readers: 'own' | 'later': whether positions see the thoughts of those before them, up to the same one, too.
+        fixed: always T thoughts; or end_thought ends those of a position, see think.
+        given: (N, S, T) thoughts to read in place of sampled ones. how: see utils.sample.
+        Returns, all with gradient: thoughts (N, S, T), their log-probabilities and entropies (N, S, T), which are 0
+        behind end_thought, states (B, S, d_model) without thoughts, and states (N, S, d_model) at the last thought, to
+        predict the next token by. With config.gate the latter are what the former are, and a learned share of what is
+        seen at the last thought.
+        """
+        (B, S), (N, _, T), choices = tokens.shape, noise.shape, self.thought_range(fixed)
+        if S + T > self.config.block_size:
+            raise ValueError(f'{S} tokens and {T} thoughts are more than block_size={self.config.block_size}')
+        position = torch.arange(S, device=tokens.device)
+        seen = torch.ones(S, S, dtype=torch.bool, device=tokens.device).tril()          # of the text
+        new = seen if readers == 'later' else seen & seen.T                             # of each thought
+        cache = GrowingCache()
+        plain = self.hidden(tokens, cache)                                              # (B, S, d_model)
+        cache.repeat(N // B)
+        state = last = plain.repeat_interleave(N // B, dim=0)                           # (N, S, d_model)
+        alive = torch.ones(N, S, dtype=torch.bool, device=tokens.device)
+        written = []
+        for t in range(T):
+            logits = self.logits(state, choices).float()
+            log_p = logits.log_softmax(-1)                                              # (N, S, choices)
+            if given is None:
+                with torch.no_grad():
+                    token = sample(logits.flatten(0, 1), noise[..., t].flatten(), **how)[0].view(N, S)
+                token = torch.where(alive, token + choices.start, self.config.end_thought)
+            else:
+                token = given[..., t]
+            log_prob = log_p.gather(-1, (token - choices.start)[..., None])[..., 0]     # (N, S)
+            entropy = -(log_p.exp() * log_p).sum(-1)
+            written.append((token, torch.where(alive, log_prob, 0.), torch.where(alive, entropy, 0.)))
+            if thought == 'continuous':
+                x = state * self.wte.weight.std()       # of the size of an embedding
+            else:
+                x = self.embed(token)
+            if thought == 'straight_through':
+                soft = log_p.exp() @ self.wte.weight[choices.start - self.config.reads.start:choices.stop]
+                x = x.detach() + soft - soft.detach()
+            seen = torch.cat([seen, new], dim=1)                                        # (S, (t + 2) S)
+            state = self.layers(x, cache, position + t + 1, seen)
+            alive = alive & (token != self.config.end_thought)
+            last = torch.where(alive[..., None], state, last)
+        if self.config.gate and T:
+            last = plain.repeat_interleave(N // B, dim=0) + self.gate * last
+        thoughts, log_probs, entropies = (torch.stack(x, dim=-1) for x in zip(*written)) if T else 3 * [noise]
+        return thoughts, log_probs, entropies, plain, last
+
     @staticmethod
-    def from_normal(model, d_thought_vocab):
+    def from_normal(model, d_thought_vocab, **more):
         """
         Grow a normal GPT2 by d_thought_vocab thoughts and end_thought. Old rows of embedding and unembedding are
         copied, so logits of normal tokens stay what they were; new rows are drawn around the mean of the old ones, with
-        their spread.
+        their spread. more: fields of ThinkingModelConfig, such as gate, or a larger block_size, to which embeddings of
+        positions are added in the same way.
         """
         shape = {name: value for name, value in asdict(model.config).items() if name != 'd_vocab'}
-        config = ThinkingModelConfig(d_normal_vocab=model.config.d_vocab, d_thought_vocab=d_thought_vocab, **shape)
+        shape |= {'d_normal_vocab': model.config.d_vocab, 'd_thought_vocab': d_thought_vocab, **more}
+        config = ThinkingModelConfig(**shape)
         grown = GPT2Thinking(config).to(model.wte.weight.device)
-        state = dict(model.state_dict())
-        for name in ('wte.weight', 'lm_head.weight'):
-            old = state[name]
-            noise = torch.randn(d_thought_vocab + 1, config.d_model, device=old.device)
-            state[name] = torch.cat([old, old.mean(0) + old.std(0) * noise])
+        state = grown.state_dict() | model.state_dict()
+        for name in ('wte.weight', 'lm_head.weight', 'wpe.weight'):
+            if name in state:
+                old = state[name]
+                n_new = config.block_size - model.config.block_size if name == 'wpe.weight' else d_thought_vocab + 1
+                noise = torch.randn(n_new, config.d_model, device=old.device)
+                state[name] = torch.cat([old, old.mean(0) + old.std(0) * noise])
         if config.tie_weights:
             state['lm_head.weight'] = state['wte.weight']
         grown.load_state_dict(state)

@@ -365,3 +365,91 @@ def test_too_long_a_sequence():
         small_thinker(output_kind='thought')
     with pytest.raises(ValueError, match='tie_weights=False'):
         small_model(init='unit')
+
+
+# ---- thoughts at every position of text at once
+
+TEXT = dict(d_normal_vocab=11, d_thought_vocab=5, block_size=12, n_layer=2, n_head=2, d_model=16, init='unit',
+            tie_weights=False)
+
+
+@pytest.mark.parametrize('fixed', [True, False])
+@pytest.mark.parametrize('positions', ['learned', 'rotary', 'relative'])
+def test_thoughts_everywhere_equal_those_of_one_position_after_another(fixed, positions):
+    torch.manual_seed(0)
+    model = GPT2Thinking(ThinkingModelConfig(positions=positions, **TEXT))
+    tokens, noise = torch.randint(11, (3, 9)), torch.rand(6, 9, 3)
+    thoughts, log_probs, entropies, plain, last = model.think_everywhere(tokens, noise, fixed=fixed)
+    assert fixed or (thoughts == model.config.end_thought).any()
+    weights = torch.randn(6, 9, 11)
+    grown = (weights * model.logits(last, range(11))).sum() + log_probs.sum() + entropies.sum()
+    ours = torch.autograd.grad(grown, list(model.parameters()))
+    total = 0.
+    for t in range(9):
+        prefix = tokens[:, :t + 1]
+        rollout = model.think(prefix, 3, fixed=fixed, noise=noise[:, t], n_rollouts=2)
+        assert torch.equal(rollout.tokens, thoughts[:, t])
+        one = model.think_and_answer(prefix.repeat_interleave(2, dim=0), rollout.tokens, fixed, close=False)
+        for reference, all_at_once in zip(one, (log_probs[:, t], entropies[:, t], model.logits(last[:, t], range(11)))):
+            torch.testing.assert_close(all_at_once, reference, atol=1e-4, rtol=0)
+        torch.testing.assert_close(plain[:, t], model.hidden(prefix)[:, -1], atol=1e-4, rtol=0)
+        total = total + (weights[:, t] * one[2]).sum() + one[0].sum() + one[1].sum()
+    for a, b in zip(ours, torch.autograd.grad(total, list(model.parameters()))):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+
+
+def test_thoughts_that_later_positions_read_equal_one_pass_with_one_mask():
+    torch.manual_seed(0)
+    model = GPT2Thinking(ThinkingModelConfig(**TEXT))
+    tokens, noise = torch.randint(11, (3, 9)), torch.rand(3, 9, 3)
+    thoughts, *_, last = model.think_everywhere(tokens, noise, readers='later')
+    sequence = torch.cat([tokens, *thoughts.unbind(-1)], dim=1)                                 # (3, 36), by step
+    step, position = torch.arange(36) // 9, torch.arange(36) % 9
+    visible = (step <= step[:, None]) & (position <= position[:, None])
+    states = model.layers(model.embed(sequence), None, step + position, visible)
+    torch.testing.assert_close(last, states[:, -9:], atol=1e-4, rtol=0)
+    own = model.think_everywhere(tokens, noise, given=thoughts)[-1]
+    torch.testing.assert_close(own[:, 0], last[:, 0], atol=1e-4, rtol=0)       # the first has none before it
+    assert (own - last)[:, 1:].abs().amax(-1).min() > .01
+
+
+@pytest.mark.parametrize('readers', ['own', 'later'])
+@pytest.mark.parametrize('thought', ['token', 'straight_through', 'continuous'])
+def test_thoughts_everywhere_know_nothing_of_the_text_behind_them(readers, thought):
+    torch.manual_seed(0)
+    model = GPT2Thinking(ThinkingModelConfig(**TEXT))
+    tokens, noise = torch.randint(11, (3, 9)), torch.rand(3, 9, 2)
+    other = tokens.clone()
+    other[:, 5:] = (other[:, 5:] + 1) % 11
+    before, after = (model.think_everywhere(x, noise, readers=readers, thought=thought)[-1] for x in (tokens, other))
+    torch.testing.assert_close(before[:, :5], after[:, :5], atol=1e-5, rtol=0)
+    assert (before - after)[:, 5:].abs().amax(-1).min() > .01
+
+
+def test_gradients_pass_through_thoughts_only_where_they_are_asked_to():
+    torch.manual_seed(0)
+    model = GPT2Thinking(ThinkingModelConfig(**TEXT))
+    tokens, noise = torch.randint(11, (3, 9)), torch.rand(3, 9, 1)
+    def gradient(**how):
+        last = model.think_everywhere(tokens, noise, **how)[-1]
+        return torch.autograd.grad(model.logits(last, range(11)).square().sum(), model.lm_head.weight)[0][11:]
+    given = model.think_everywhere(tokens, noise)[0]
+    assert not gradient().any() and not gradient(thought='continuous').any()
+    straight = gradient(thought='straight_through')
+    assert straight[:5].any(1).all() and not straight[5].any()
+    soft = model.think_everywhere(tokens, noise, thought='straight_through')[-1]
+    torch.testing.assert_close(soft, model.think_everywhere(tokens, noise, given=given)[-1], atol=1e-5, rtol=0)
+
+
+def test_a_gate_starts_at_what_is_known_without_thoughts():
+    torch.manual_seed(0)
+    normal = GPT2(ModelConfig(d_vocab=11, block_size=9, n_layer=2, n_head=2, d_model=16))
+    model = GPT2Thinking.from_normal(normal, 5, gate=True, block_size=12)
+    tokens = torch.randint(11, (3, 9))
+    *_, plain, last = model.think_everywhere(tokens, torch.rand(3, 9, 3))
+    torch.testing.assert_close(plain, normal.hidden(tokens), atol=1e-5, rtol=0)
+    assert torch.equal(last, plain)
+    torch.nn.init.ones_(model.gate)
+    assert not torch.equal(model.think_everywhere(tokens, torch.rand(3, 9, 3))[-1], plain)
+    with pytest.raises(ValueError, match='9 tokens and 4 thoughts are more than block_size=12'):
+        model.think_everywhere(tokens, torch.rand(3, 9, 4))
