@@ -39,6 +39,7 @@ class ModelConfig:
     tie_weights: bool = True    # one matrix embeds and unembeds
     init: str = 'gpt2'          # 'gpt2': std .02 | 'unit': activations of size one, for small models
     positions: str = 'learned'  # 'learned': an embedding each | 'rotary' | 'relative': attention by distance
+    dropout: float = 0.         # share of numbers that are dropped, in training, of embeddings and of what a layer adds
 
     def __post_init__(self):
         for name in ('d_vocab', 'block_size', 'n_layer', 'n_head', 'd_model'):
@@ -241,10 +242,11 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.d_model)
         self.mlp = MLP(config)
+        self.config = config
 
     def forward(self, x, layer, cache=None, places=None, visible=None):
-        x = x + self.attn(self.ln_1(x), layer, cache, places, visible)
-        return x + self.mlp(self.ln_2(x))
+        x = x + F.dropout(self.attn(self.ln_1(x), layer, cache, places, visible), self.config.dropout, self.training)
+        return x + F.dropout(self.mlp(self.ln_2(x)), self.config.dropout, self.training)
 
 
 def merge_rows(tokens):
@@ -334,6 +336,7 @@ class GPT2(nn.Module):
             places = turns(positions, self.config.d_model // self.config.n_head)
         else:
             places = (keys - positions[:, None]).clamp(-REACH, REACH) + REACH           # (S, Sk)
+        x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
             x = block(x, layer, cache, places, visible)
         if cache is not None:
@@ -660,7 +663,9 @@ def make_model(config, checkpoint=None, name='model'):
         raise ValueError(f'the checkpoint has no model called {name}, but {", ".join(checkpoint["models"])}')
     model = unpack(checkpoint['models'][name])
     if isinstance(config, ThinkingModelConfig) and not isinstance(model, GPT2Thinking):
-        model = GPT2Thinking.from_normal(model, config.d_thought_vocab)
+        model = GPT2Thinking.from_normal(model, config.d_thought_vocab, gate=config.gate,
+                                         block_size=max(config.block_size, model.config.block_size))
+    model.config.dropout = config.dropout       # no part of a model's shape
     for field, value in asdict(config).items():
         if getattr(model.config, field, None) != value:
             theirs = getattr(model.config, field, None)

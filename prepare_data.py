@@ -27,10 +27,9 @@ from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
-from utils import addition_questions, fail, need, read_knobs, user_errors, write_atomic
+from utils import addition_questions, fail, gpt2_encoding, need, read_knobs, user_errors, write_atomic
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -178,10 +177,7 @@ if characters:
     table[[ord(character) for character in characters]] = np.arange(d_vocab)
 else:
     print("GPT-2's tokenizer, 1.5 MB, by tiktoken: its cache, or openaipublic.blob.core.windows.net", flush=True)
-    try:
-        encoding = tiktoken.get_encoding('gpt2')
-    except Exception as error:
-        fail(f"tiktoken has not got GPT-2's tokens; TIKTOKEN_CACHE_DIR may name a folder that has its files: {error}")
+    encoding = gpt2_encoding()
     d_vocab = encoding.n_vocab
 
 

@@ -1,6 +1,6 @@
 """
 What scripts share, and nothing else: knobs, processes, the run directory with its checkpoints and logs, tasks,
-optimiser and schedule, sampling, advantages, balanced targets, ablations, colours.
+text, optimiser and schedule, sampling, advantages, balanced targets, ablations, colours.
 """
 import ast
 import contextlib
@@ -20,6 +20,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -62,12 +63,13 @@ LIMITS = {  # smallest and largest value of a knob besides its default; the othe
     'input_max': (2, 2**31 - 1),
     **dict.fromkeys(('max_steps', 'inner_steps', 'eval_every', 'eval_questions', 'log_every', 'seeds', 'parallel'),
                     (1, 2**31 - 1)),
-    **dict.fromkeys(('batch_size', 'group_size', 'd_thought_vocab', 'd_model'), (1, 2**20)),
+    **dict.fromkeys(('batch_size', 'group_size', 'd_thought_vocab', 'd_model', 'text_len',
+                     'eval_sequences', 'accumulate'), (1, 2**20)),
     **dict.fromkeys(('think_len', 'n_layer', 'n_head', 'n_adds', 'k', 'n_letters'), (1, 2**12)),
     'k_test': (0, 2**12),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
-    **dict.fromkeys(('epsilon', 'memory', 'hardest', 'advance_at', 'cut'), (0, 1)),
-    **dict.fromkeys(('heldout', 'val_share'), (0, .99)), 'n_tokens': (1, 10**12), 'n_questions': (2, 10**8),
+    **dict.fromkeys(('epsilon', 'memory', 'hardest', 'advance_at', 'cut', 'gamma', 'beta2'), (0, 1)),
+    **dict.fromkeys(('heldout', 'val_share', 'dropout'), (0, .99)), 'n_tokens': (1, 10**12), 'n_questions': (2, 10**8),
     'temperature': (1e-3, 1e3), 'top_p': (1e-6, 1),
 }
 # knobs that may differ when a run is resumed; they do not name its folder either
@@ -355,15 +357,16 @@ class Run:
         if self.world.main:
             tqdm.write(text)
 
-    def sample(self, text, right):
-        """Print coloured text with a green tick or a red cross, and keep it, without colours, in samples.txt."""
-        text = f'{text} {paint("✓", "green") if right else paint("✗", "red")}'
+    def sample(self, text, right=None):
+        """Print coloured text, with a green tick or a red cross, and keep it, without colours, in samples.txt."""
+        if right is not None:
+            text = f'{text} {paint("✓", "green") if right else paint("✗", "red")}'
         self.print(text)
         if self.writes:
             self.samples.write(re.sub('\033\\[[0-9;]*m', '', text) + '\n')
 
     def log(self, step, **numbers):
-        """One line of metrics.jsonl. 'seconds' is the only entry that is not the same in every repetition."""
+        """One line of metrics.jsonl. Only seconds, tokens_per_second and mfu are not the same in every repetition."""
         for name, value in numbers.items():
             if not math.isfinite(value):
                 fail(f'{name} is {value} at step {step}: training diverged, a smaller learning_rate may help')
@@ -436,6 +439,12 @@ def device_name(kind):
     cpuinfo = Path('/proc/cpuinfo').read_text() if os.path.exists('/proc/cpuinfo') else ''
     name = re.search(r'model name\s*: (.*)', cpuinfo)
     return f'{name.group(1) if name else platform.machine()}, {os.cpu_count()} cores'
+
+
+def peak_flops(device):
+    """Dense bfloat16 operations per second that a GPU is sold with, None for what is not in this list."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    return next((peak for kind, peak in {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}.items() if kind in name), None)
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------------
@@ -539,6 +548,31 @@ def digits(numbers, width, base=10):
     return numbers[:, None] // base ** torch.arange(width - 1, -1, -1, device=numbers.device) % base
 
 
+def gpt2_encoding():
+    """tiktoken's encoding with GPT-2's tokens. Fails in one line where its files are neither here nor to be fetched."""
+    try:
+        return need('tiktoken', "for GPT-2's tokens").get_encoding('gpt2')
+    except Exception as error:      # whatever a network does
+        fail(f"tiktoken has not got GPT-2's tokens; TIKTOKEN_CACHE_DIR may name a folder that has its files: {error}")
+
+
+def load_text(folder):
+    """
+    What prepare_data.py left in a folder: train and val, memory maps of tokens (n,) as uint16, the size of the
+    vocabulary, and a function from a token to its text. Fails in one line where that is not there.
+    """
+    try:
+        meta = json.loads((Path(folder) / 'meta.json').read_text())
+        train, val = (np.memmap(Path(folder) / f'{part}.bin', dtype=np.uint16, mode='r') for part in ('train', 'val'))
+        characters = meta['tokenizer'] == 'char' and meta['characters']
+    except (OSError, ValueError, LookupError) as error:
+        fail(f'no data in {folder}, see python prepare_data.py --help: {error}')
+    if characters:
+        return train, val, meta['d_vocab'], characters.__getitem__
+    encoding = gpt2_encoding()
+    return train, val, meta['d_vocab'], lambda token: encoding.decode([token])
+
+
 # ---- optimiser and schedule -----------------------------------------------------------------------------------------
 
 def make_optimizer(model, learning_rate, weight_decay, betas=(.9, .98)):
@@ -549,9 +583,12 @@ def make_optimizer(model, learning_rate, weight_decay, betas=(.9, .98)):
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=matrices[0].device.type != 'mps')
 
 
-def schedule(optimizer, learning_rate, step, max_steps, warmup_steps):
-    """Linear warm-up, constant, linear decay to zero over the second half."""
+def schedule(optimizer, learning_rate, step, max_steps, warmup_steps, cosine=False):
+    """Linear warm-up, constant, linear decay to zero over the second half; cosine: all the way, down to a tenth."""
     factor = min(1, (step + 1) / (warmup_steps + 1), 2 * (1 - step / max_steps))
+    if cosine:
+        done = max(0, step - warmup_steps) / max(1, max_steps - warmup_steps)
+        factor = min((step + 1) / (warmup_steps + 1), .55 + .45 * math.cos(math.pi * done))
     for group in optimizer.param_groups:
         group['lr'] = learning_rate * factor
 
@@ -670,12 +707,12 @@ def paint(text, colour):
     return f'\033[{COLOURS[colour]}m{text}\033[0m'
 
 
-def show_tokens(tokens, config, decode=str):
+def show_tokens(tokens, config, decode=str, between=' '):
     """A row of tokens as text: normal tokens blue, thoughts cyan, end_thought magenta."""
     def show(token):
-        if token < config.d_normal_vocab:
+        if token < getattr(config, 'd_normal_vocab', config.d_vocab):
             return paint(decode(token), 'blue')
         if token < config.end_thought:
             return paint(f'<think{token - config.d_normal_vocab}>', 'cyan')
         return paint('<end_thought>', 'magenta')
-    return ' '.join(map(show, tokens.tolist()))
+    return between.join(map(show, tokens.tolist()))

@@ -54,6 +54,7 @@ def run_here(monkeypatch, capsys):
 
 
 def metrics(folder):
-    """The lines of metrics.jsonl but for the times in them."""
+    """The lines of metrics.jsonl but for the speeds and times in them."""
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != 'seconds'} for line in lines]
+    times = ('seconds', 'tokens_per_second', 'mfu')
+    return [{name: value for name, value in line.items() if name not in times} for line in lines]
