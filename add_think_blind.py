@@ -91,6 +91,8 @@ plot = False                    # draw the language at the end: language.html, n
 # ---- set-up ---------------------------------------------------------------------------------------------------------
 
 knobs = read_knobs(__file__, globals())
+if think_len < 1:
+    fail(f'--think_len={think_len} must be at least 1, as the answering policy sees nothing else')
 base = d_thought_vocab + (not fixed)        # tokens to choose from
 if think_len * math.log2(base) > 62:
     fail(f'd_thought_vocab={d_thought_vocab} and think_len={think_len} make over 2^62 codes, too many to number')

@@ -82,6 +82,8 @@ plot = False                    # draw how the code grew at the end: growth.html
 # ---- set-up ---------------------------------------------------------------------------------------------------------
 
 knobs = read_knobs(__file__, globals())
+if think_len < 1:
+    fail(f'--think_len={think_len} must be at least 1, as the answering policy sees nothing else')
 if max(think_len * math.log2(d_thought_vocab), math.log2(input_max)) > 24:
     fail(f'over 2^24 codes or inputs are too many to keep tables of: d_thought_vocab={d_thought_vocab}, '
          f'think_len={think_len}, input_max={input_max}')

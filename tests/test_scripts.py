@@ -618,7 +618,7 @@ def test_bad_input_of_one_script(run_here, tmp_path):
     for arguments, message in {
             '--think_len=40': 'too many to number', '--think_len=4000': 'too many to number',
             '--n_adds=40': 'too many to number', '--n_adds=0': 'must be between 1',
-            '--think_len=0': 'must be between 1',
+            '--think_len=0': 'must be at least 1, as the answering policy sees nothing else',
             '--tau=0': 'must be between', '--temperature=0': 'must be between', '--top_p=2': 'must be between',
             '--epsilon=1.5': 'must be between 0', '--advantage=ppo': 'must be one of balanced, softmax, best, grpo',
             '--advantage=grpo': 'needs rollouts: --search=False', '--answer_on=written': 'needs rollouts',
@@ -634,7 +634,7 @@ def test_bad_input_of_one_script(run_here, tmp_path):
             '--thoughts=none --answer_at=end': 'answers at the question',
             '--task=sort': 'different numbers needs as many', '--task=s5 --n_letters=121': 'there are 120',
             '--task=sort --input_max=20 --k=11': 'has no number 11 in order',
-            '--thoughts=chain --d_thought_vocab=2': 'a larger --d_thought_vocab', '--think_len=-1': 'must be between 1',
+            '--thoughts=chain --d_thought_vocab=2': 'a larger --d_thought_vocab', '--think_len=-1': 'must be between 0',
             '--heldout=.0005 --k=1': 'leaves no questions', '--positions=rotary --d_model=6': 'must be even'}.items():
         refused(run_here('add_think', out, *arguments.split()), message)
     for arguments, message in {
