@@ -23,10 +23,11 @@ nothing (in Quiet-STaR it mixes logits), so that training begins at the loss of 
 """
 import copy
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import ModelConfig, ThinkingModelConfig, make_model, pack, unpack
+from model import GPT2, GPT2Thinking, ModelConfig, make_model, pack, unpack
 from utils import (Run, World, ablations, advantages, fail, load_checkpoint, load_text, make_optimizer, peak_flops,
                    read_knobs, sample, schedule, show_tokens, user_errors)
 
@@ -57,7 +58,7 @@ think_len = 1                   # T: thoughts before each token; 0: none, ordina
 fixed = True                    # always T thoughts; False: up to T, end_thought ends them
 think_cost = .01                # what a thought costs if their number is not fixed, nats
 group_size = 4                  # G: rollouts of a position
-gate = True                     # what is seen with thoughts is mixed into what is seen without, nothing at first
+gate = 'learned'                # 'learned' | 'none' | 'closed': thoughts count for a share, at first 0; for all; for nothing
 plain_weight = 0.               # weight of predicting without thoughts too
 policy_weight = 1.              # weight of the policy gradient; 0: thoughts are not trained
 baseline = 'group'              # 'group' | 'no_think': mean of the position's group, or a lagged copy without thoughts
@@ -88,8 +89,8 @@ if learns and group_size < 2 and baseline == 'group':
     fail(f'baseline=group compares the rollouts of a group: group_size={group_size} must be at least 2')
 if not fixed and (thoughts != 'own' or thought != 'token'):
     fail(f'thoughts={thoughts}, thought={thought} have no end to choose: --fixed=True')
-if positions == 'last' and (gate or readers == 'later' or thought != 'token' or not think_len):
-    fail('positions=last is for tokens that only their position reads: --gate=False --readers=own --thought=token')
+if positions == 'last' and (gate != 'none' or readers == 'later' or thought != 'token' or not think_len):
+    fail('positions=last is for tokens that only their position reads: --gate=none --readers=own --thought=token')
 if init == 'unit' and dropout:
     fail('init=unit is for small models: --dropout=0')
 world = World(knobs)
@@ -103,29 +104,35 @@ if min(len(train_set), len(val_set)) < text_len + 2:
     fail(f'{data} has no {text_len + 1} tokens in a row: a smaller --text_len')
 
 
-def draw():
-    """A batch: this process's sequences (B, S) and the tokens (B, S) that come next, drawn by all alike."""
-    starts = torch.randint(len(train_set) - text_len, (batch_size,), generator=world.generator, device=world.device)
-    return cut(train_set, world.share(starts))
+def draw(step):
+    """
+    The batch of a step: this process's sequences (B, S) and the tokens (B, S) that come next. Seed and step decide it,
+    so that runs with thoughts and without read the same.
+    """
+    starts = np.random.default_rng([seed, step]).integers(len(train_set) - text_len, size=batch_size)
+    return cut(train_set, world.share(torch.from_numpy(starts)))
 
 
 def cut(tokens, starts):
     """Sequences (n, S) that start there, and the tokens (n, S) that come next."""
-    rows = tokens[starts.cpu().numpy()[:, None] + range(text_len + 1)].astype('int64')
-    rows = torch.from_numpy(rows).to(world.device, non_blocking=True)
+    rows = torch.from_numpy(tokens[starts.numpy()[:, None] + np.arange(text_len + 1)].astype(np.int64))
+    rows = rows.to(world.device, non_blocking=True)
     return rows[:, :-1], rows[:, 1:]
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
 
-shape = dict(block_size=text_len + think_len, n_layer=n_layer, n_head=n_head, d_model=d_model, dropout=dropout,
-             init=init, tie_weights=init == 'gpt2')
 with user_errors():
+    config = ModelConfig(d_vocab=d_vocab, block_size=text_len, n_layer=n_layer, n_head=n_head, d_model=d_model,
+                         dropout=dropout, init=init, tie_weights=init == 'gpt2')
+    model = GPT2(config)        # what it knows of text at first is the same with thoughts and without
     if think_len:
-        config = ThinkingModelConfig(d_normal_vocab=d_vocab, d_thought_vocab=d_thought_vocab, gate=gate, **shape)
-    else:
-        config = ModelConfig(d_vocab=d_vocab, **shape)
-    model = make_model(config, knobs.checkpoint).to(world.device)
+        model = GPT2Thinking.from_normal(model, d_thought_vocab, gate=gate == 'learned',
+                                         block_size=text_len + think_len)
+        config = model.config
+    if knobs.checkpoint:
+        model = make_model(config, knobs.checkpoint)
+    model.to(world.device)
 models = {'model': model}
 if learns and baseline == 'no_think':       # a lagged copy that does not think
     models['lagged'] = copy.deepcopy(model).requires_grad_(False)
@@ -187,7 +194,8 @@ def losses(x, y, noise, bonus):
         right = -F.cross_entropy(logits.float(), y.repeat_interleave(n_rollouts), reduction='none')[:, None]    # (N, 1)
     else:
         tokens, log_pi, entropy, plain, last = think(x, noise, epsilon=epsilon)
-        right = -loss_at(last, y.repeat_interleave(n_rollouts, dim=0))                              # (N, S)
+        seen = plain.repeat_interleave(n_rollouts, dim=0) if gate == 'closed' else last
+        right = -loss_at(seen, y.repeat_interleave(n_rollouts, dim=0))                              # (N, S)
     loss = -right.mean()
     logged = {'loss': loss.detach()}
     if plain_weight or learns and baseline == 'no_think':
@@ -317,7 +325,7 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
     if dropout:
         torch.manual_seed(step)     # a resumed run drops the same
 
-    x, y = draw()                                                                                   # (B, S)
+    x, y = draw(step)                                                                               # (B, S)
     noise = world.draw(torch.rand, batch_size, G, text_len, think_len)                              # (B, G, S, T)
     bonus = torch.tensor(entropy_weight * (1 - step / max_steps), device=world.device)
     for parts in zip(x.chunk(accumulate), y.chunk(accumulate), noise.chunk(accumulate)):
