@@ -47,7 +47,7 @@ warmup_steps = 100              # steps over which the learning rate rises
 n_layer = 4
 n_head = 4
 d_model = 128
-dropout = 0.
+dropout = 0.                    # share of numbers dropped in training; several processes drop others than one
 init = 'gpt2'                   # 'gpt2' | 'unit': see init_weights in model.py; unit has two matrices for tokens
 thoughts = 'own'                # 'own' | 'filler' | 'random': controls read the same thought always, or any
 thought = 'token'               # 'token' | 'straight_through' | 'continuous': see think_everywhere in model.py
@@ -58,7 +58,7 @@ think_len = 1                   # T: thoughts before each token; 0: none, ordina
 fixed = True                    # always T thoughts; False: up to T, end_thought ends them
 think_cost = .01                # what a thought costs if their number is not fixed, nats
 group_size = 4                  # G: rollouts of a position
-gate = 'learned'                # 'learned' | 'none' | 'closed': thoughts count for a share, at first 0; for all; for nothing
+gate = 'learned'                # 'learned' | 'none' | 'closed': thoughts count for a share, 0 at first | all | nothing
 plain_weight = 0.               # weight of predicting without thoughts too
 policy_weight = 1.              # weight of the policy gradient; 0: thoughts are not trained
 baseline = 'group'              # 'group' | 'no_think': mean of the position's group, or a lagged copy without thoughts
@@ -236,7 +236,6 @@ def test(n=eval_sequences):
     """
     starts, found = torch.linspace(0, len(val_set) - text_len - 1, n).long(), {}
     generator = torch.Generator(world.device).manual_seed(seed)
-    model.eval()
     for part in starts.split(max(1, 4096 // text_len)):
         x, y = cut(val_set, part)
         with world.autocast:
@@ -254,7 +253,6 @@ def test(n=eval_sequences):
                     last = think(x, noise, given=tokens.view(own.shape))[-1]
                     found.setdefault(name, []).append(loss_at(last, y))
             found.setdefault('none', []).append(loss_at(plain, y))
-    model.train()
     return {name: torch.cat(parts).cpu() for name, parts in found.items()}
 
 
@@ -274,6 +272,7 @@ def compare(found):
 
 def evaluate(step):
     """Report on val, show text with its thoughts, keep the best checkpoint. Returns the losses of test."""
+    model.eval()
     found = test()
     val_loss = found['own'].mean().item()
     run.report(step, **{f'val_loss_{name}': loss.mean().item() for name, loss in found.items() if name != 'own'},
@@ -293,7 +292,6 @@ def evaluate(step):
 @torch.no_grad()
 def write(n=200):
     """A text of n tokens that the model writes, with its thoughts, as text in colours."""
-    model.eval()
     x, shown = torch.zeros(1, 1, dtype=torch.long, device=world.device), []
     for _ in range(n):
         x = x[:, -text_len:]
@@ -306,7 +304,6 @@ def write(n=200):
         token = sample(model.logits(states[:, -1], normal_tokens), noise[:, -1, 0])[0]
         x = torch.cat([x, token[:, None]], dim=1)
         shown.append(token.item())
-    model.train()
     return show_tokens(torch.tensor(shown), config, decode, '')
 
 
@@ -325,6 +322,7 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
     if dropout:
         torch.manual_seed(step)     # a resumed run drops the same
 
+    model.train()
     x, y = draw(step)                                                                               # (B, S)
     noise = world.draw(torch.rand, batch_size, G, text_len, think_len)                              # (B, G, S, T)
     bonus = torch.tensor(entropy_weight * (1 - step / max_steps), device=world.device)

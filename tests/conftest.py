@@ -4,13 +4,16 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)    # tiny models are faster so
 ROOT = Path(__file__).parent.parent
+TEXT = tempfile.TemporaryDirectory()     # data as prepare_data.py makes it: 40 words again and again, 14 characters
 TINY = {'add_think_blind': ['--input_max=7', '--d_thought_vocab=7', '--think_len=1', '--batch_size=16', '--d_model=16',
                             '--n_head=2', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu'],
         'add_think': ['--input_max=3', '--k=3', '--advance_at=.3', '--batch_size=8', '--group_size=4', '--d_model=16',
@@ -19,7 +22,25 @@ TINY = {'add_think_blind': ['--input_max=7', '--d_thought_vocab=7', '--think_len
         'add_normal': ['--input_max=7', '--batch_size=16', '--d_model=16', '--n_head=2', '--max_steps=6',
                        '--eval_every=3', '--log_every=1', '--device=cpu'],
         'autoencoder_think': ['--input_max=8', '--d_thought_vocab=3', '--batch_size=4', '--d_model=16', '--n_head=2',
-                              '--inner_steps=2', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu']}
+                              '--inner_steps=2', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu'],
+        'supervised_rollout_think': [f'--data={TEXT.name}', '--text_len=8', '--batch_size=8', '--n_layer=1',
+                                     '--n_head=2', '--d_model=16', '--d_thought_vocab=5', '--warmup_steps=2',
+                                     '--max_steps=6', '--eval_every=3', '--log_every=1', '--eval_sequences=10',
+                                     '--device=cpu']}
+
+
+def make_text(folder):
+    """Tiny data in the form that prepare_data.py leaves."""
+    characters = sorted('\n abcdefghijkl')
+    words = np.random.default_rng(0).integers(2, len(characters), size=(40, 4))
+    tokens = np.pad(words, ((0, 0), (0, 1)), constant_values=1).flatten()      # a space behind each word
+    for part, n in (('train', 20), ('val', 3)):
+        np.tile(tokens, n).astype(np.uint16).tofile(f'{folder}/{part}.bin')
+    (Path(folder) / 'meta.json').write_text(json.dumps(
+        {'tokenizer': 'char', 'characters': characters, 'd_vocab': len(characters)}))
+
+
+make_text(TEXT.name)
 
 
 def start(script, *arguments, launcher=(sys.executable,), env=()):
