@@ -607,12 +607,12 @@ class GPT2Thinking(GPT2):
         return thoughts, log_probs, entropies, plain, last
 
     @staticmethod
-    def from_normal(model, d_thought_vocab, **more):
+    def from_normal(model, d_thought_vocab, spread=1., **more):
         """
         Grow a normal GPT2 by d_thought_vocab thoughts and end_thought. Old rows of embedding and unembedding are
         copied, so logits of normal tokens stay what they were; new rows are drawn around the mean of the old ones, with
-        their spread. more: fields of ThinkingModelConfig, such as gate, or a larger block_size, to which embeddings of
-        positions are added in the same way.
+        their standard deviation times spread, which decides how certain thoughts are at first. more: fields of
+        ThinkingModelConfig, such as gate, or a larger block_size, for which there are more embeddings of positions.
         """
         shape = {name: value for name, value in asdict(model.config).items() if name != 'd_vocab'}
         shape |= {'d_normal_vocab': model.config.d_vocab, 'd_thought_vocab': d_thought_vocab, **more}
@@ -622,8 +622,10 @@ class GPT2Thinking(GPT2):
         for name in ('wte.weight', 'lm_head.weight', 'wpe.weight'):
             if name in state:
                 old = state[name]
-                n_new = config.block_size - model.config.block_size if name == 'wpe.weight' else d_thought_vocab + 1
-                noise = torch.randn(n_new, config.d_model, device=old.device)
+                n_new, wide = d_thought_vocab + 1, spread
+                if name == 'wpe.weight':
+                    n_new, wide = config.block_size - model.config.block_size, 1.
+                noise = wide * torch.randn(n_new, config.d_model, device=old.device)
                 state[name] = torch.cat([old, old.mean(0) + old.std(0) * noise])
         if config.tie_weights:
             state['lm_head.weight'] = state['wte.weight']

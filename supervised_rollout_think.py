@@ -65,6 +65,8 @@ baseline = 'group'              # 'group' | 'no_think': mean of the position's g
 advantage = 'dr_grpo'           # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best': with baseline group
 tau = 1.                        # temperature of softmax
 gamma = 0.                      # thoughts are paid for the tokens after the next, too, each gamma times the one before
+spread = 1.                     # size of the embeddings of thoughts at first, those of text are 1: how certain they are
+temperature = 1.                # of thoughts in training, in which the policy gradient takes it for 1
 epsilon = 0.                    # share of thoughts that are drawn at random
 entropy_weight = .01            # of a bonus for the entropy of thoughts, falls to zero
 eval_every = 250                # steps between evaluations, each with a checkpoint and samples
@@ -127,7 +129,7 @@ with user_errors():
                          dropout=dropout, init=init, tie_weights=init == 'gpt2')
     model = GPT2(config)        # what it knows of text at first is the same with thoughts and without
     if think_len:
-        model = GPT2Thinking.from_normal(model, d_thought_vocab, gate=gate == 'learned',
+        model = GPT2Thinking.from_normal(model, d_thought_vocab, spread=spread, gate=gate == 'learned',
                                          block_size=text_len + think_len)
         config = model.config
     if knobs.checkpoint:
@@ -145,6 +147,7 @@ if reference:
         fail(f'reference={reference} is no normal model of {d_vocab} tokens that reads {text_len} of them')
 normal_tokens = range(d_vocab)
 thought_tokens = range(d_vocab, d_vocab + d_thought_vocab)
+SAMPLING = {'temperature': temperature, 'epsilon': epsilon}
 G = group_size if think_len and (learns or thoughts == 'random') else 1
 powers = torch.arange(text_len, device=world.device)
 powers = torch.where(powers[:, None] >= powers, gamma ** (powers[:, None] - powers).clamp(min=0.), 0.)    # (S, S)
@@ -163,14 +166,16 @@ def save(step, file='ckpt.pt'):
 
 def think(x, noise, given=None, **how):
     """
-    Thoughts at every position of text x (B, S) by noise (N, S, T), or given ones: as think_everywhere returns them, and
-    so are the states; with positions=last of the last position only, by the slow code, and without states.
+    Thoughts at every position of text x (B, S) by noise (N, S, T), or given ones, and states to predict by, as
+    think_everywhere in model.py returns them.
     """
     if thoughts == 'filler' and given is None:
         given = torch.full(noise.shape, thought_tokens.start, device=noise.device)
     if thoughts == 'random' and given is None:
         given = thought_tokens.start + (noise * d_thought_vocab).long()
-    return model.think_everywhere(x, noise, thought=thought, readers=readers, fixed=fixed, given=given, **how)
+    *written, plain, last = model.think_everywhere(x, noise, thought=thought, readers=readers, fixed=fixed, given=given,
+                                                   **how)
+    return *written, plain, plain.repeat_interleave(len(noise) // len(x), dim=0) if gate == 'closed' else last
 
 
 def loss_at(states, y, by=model):
@@ -186,16 +191,14 @@ def losses(x, y, noise, bonus):
         return loss, {'loss': loss.detach()}
     n_rollouts = len(noise) // len(x)
     if positions == 'last':
-        how = {'n_rollouts': n_rollouts, 'noise': noise[:, -1], 'epsilon': epsilon}
-        tokens = model.think(x, think_len, fixed=fixed, **how).tokens                               # (N, T)
+        tokens = model.think(x, think_len, fixed=fixed, n_rollouts=n_rollouts, noise=noise[:, -1], **SAMPLING).tokens
         prompt, y = x.repeat_interleave(n_rollouts, dim=0), y[:, -1:]
         log_pi, entropy, logits = model.think_and_answer(prompt, tokens, fixed, close=False)
         tokens, log_pi, entropy = tokens[:, None], log_pi[:, None], entropy[:, None]                # (N, 1, T)
         right = -F.cross_entropy(logits.float(), y.repeat_interleave(n_rollouts), reduction='none')[:, None]    # (N, 1)
     else:
-        tokens, log_pi, entropy, plain, last = think(x, noise, epsilon=epsilon)
-        seen = plain.repeat_interleave(n_rollouts, dim=0) if gate == 'closed' else last
-        right = -loss_at(seen, y.repeat_interleave(n_rollouts, dim=0))                              # (N, S)
+        tokens, log_pi, entropy, plain, last = think(x, noise, **SAMPLING)
+        right = -loss_at(last, y.repeat_interleave(n_rollouts, dim=0))                              # (N, S)
     loss = -right.mean()
     logged = {'loss': loss.detach()}
     if plain_weight or learns and baseline == 'no_think':
@@ -262,11 +265,11 @@ def compare(found):
     apart = {name: (loss - found['own']).mean(1) for name, loss in found.items() if name != 'own'}      # (n,)
     result['above_own'] = {name: [loss.mean().item(), (loss.std() / len(loss) ** .5).item()]
                            for name, loss in apart.items()}
-    plain = found.get('reference', found.get('none'))
-    if plain is not None:       # from the easiest fifth of tokens to the hardest: without thoughts, with them
-        order = plain.flatten().argsort().chunk(5)
-        result['by_difficulty'] = [[loss.flatten()[part].mean().item() for part in order]
-                                   for loss in (plain, found['own'])]
+    known = found.get('reference', found.get('none'))
+    if known is not None:       # losses on the fifth of tokens that are the easiest without thoughts, ..., the hardest
+        fifths = known.flatten().argsort().chunk(5)
+        result['by_difficulty'] = {name: [loss.flatten()[part].mean().item() for part in fifths]
+                                   for name, loss in found.items() if name in ('reference', 'none', 'own')}
     return result
 
 

@@ -92,8 +92,9 @@ def test_a_model_that_is_grown_begins_at_the_loss_it_had(run_here, tmp_path):
     for name in ('val_loss', 'val_loss_none', 'val_loss_reference'):
         assert first[name] == pytest.approx(before, abs=1e-6)
     assert result['above_own']['reference'][0] == pytest.approx(before - result['val_loss'], abs=1e-6)
-    assert result['val_loss'] != before and len(result['by_difficulty'][0]) == 5
-    assert sorted(result['by_difficulty'][0]) == result['by_difficulty'][0]
+    assert result['val_loss'] != before and set(result['by_difficulty']) == {'reference', 'none', 'own'}
+    fifths = result['by_difficulty']['reference']
+    assert sorted(fifths) == fifths and len(fifths) == 5 and sum(fifths) / 5 == pytest.approx(before, abs=.01)
 
 
 def test_the_last_position_alone_loses_what_it_loses_among_all(script):
