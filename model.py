@@ -549,7 +549,8 @@ class GPT2Thinking(GPT2):
         logits = self.logits(read, range(self.config.d_normal_vocab))
         return torch.where(chosen, log_probs, 0.), torch.where(chosen, entropies, 0.), logits
 
-    def think_everywhere(self, tokens, noise, *, thought='token', readers='own', fixed=True, given=None, **how):
+    def think_everywhere(self, tokens, noise, *, thought='token', readers='own', fixed=True, at_once=1, given=None,
+                         **how):
         """
         Thoughts at every position of text at once: one pass over S positions for each of T thoughts. The thoughts of a
         position follow on its token, as if the text behind it were not there; it sees the text up to itself and its own
@@ -560,6 +561,8 @@ class GPT2Thinking(GPT2):
         last state itself is read again (Hao et al. 2024), and there are no tokens.
         readers: 'own' | 'later': whether positions see the thoughts of those before them, up to the same one, too.
         fixed: always T thoughts; or end_thought ends those of a position, see think.
+        at_once: thoughts that are written from one state and read in one pass, the sum of their embeddings; each has an
+        equal part of the thought tokens to choose from (as the categoricals of Hafner et al. 2021). They divide T.
         given: (N, S, T) thoughts to read in place of sampled ones. how: see utils.sample.
         Returns, all with gradient: thoughts (N, S, T), their log-probabilities and entropies (N, S, T), which are 0
         behind end_thought, states (B, S, d_model) without thoughts, and states (N, S, d_model) at the last thought, to
@@ -569,41 +572,46 @@ class GPT2Thinking(GPT2):
         (B, S), (N, _, T), choices = tokens.shape, noise.shape, self.thought_range(fixed)
         if S + T > self.config.block_size:
             raise ValueError(f'{S} tokens and {T} thoughts are more than block_size={self.config.block_size}')
-        position = torch.arange(S, device=tokens.device)
+        if T % at_once or len(choices) % at_once:
+            raise ValueError(f'at_once={at_once} does not divide {T} thoughts and {len(choices)} tokens for them')
+        size = len(choices) // at_once
+        first = choices.start + size * torch.arange(at_once, device=tokens.device)      # of each part of the tokens
         seen = torch.ones(S, S, dtype=torch.bool, device=tokens.device).tril()          # of the text
         new = seen if readers == 'later' else seen & seen.T                             # of each thought
         cache = GrowingCache()
         plain = self.hidden(tokens, cache)                                              # (B, S, d_model)
         cache.repeat(N // B)
         state = last = plain.repeat_interleave(N // B, dim=0)                           # (N, S, d_model)
-        alive = torch.ones(N, S, dtype=torch.bool, device=tokens.device)
+        alive = torch.ones(N, S, 1, dtype=torch.bool, device=tokens.device)
         written = []
-        for t in range(T):
-            logits = self.logits(state, choices).float()
-            log_p = logits.log_softmax(-1)                                              # (N, S, choices)
+        for step, part in enumerate(torch.arange(T).split(at_once)):
+            logits = self.logits(state, choices).float().unflatten(-1, (at_once, size))
+            log_p = logits.log_softmax(-1)                                              # (N, S, at_once, size)
             if given is None:
                 with torch.no_grad():
-                    token = sample(logits.flatten(0, 1), noise[..., t].flatten(), **how)[0].view(N, S)
-                token = torch.where(alive, token + choices.start, self.config.end_thought)
+                    index = sample(logits.flatten(0, 2), noise[..., part].flatten(), **how)[0].view(N, S, at_once)
             else:
-                token = given[..., t]
-            log_prob = log_p.gather(-1, (token - choices.start)[..., None])[..., 0]     # (N, S)
+                index = (given[..., part] - choices.start) % size
+            token = torch.where(alive, first + index, self.config.end_thought)
+            log_prob = log_p.gather(-1, index[..., None])[..., 0]                       # (N, S, at_once)
             entropy = -(log_p.exp() * log_p).sum(-1)
             written.append((token, torch.where(alive, log_prob, 0.), torch.where(alive, entropy, 0.)))
             if thought == 'continuous':
                 x = state * self.wte.weight.std()       # of the size of an embedding
             else:
-                x = self.embed(token)
+                x = self.embed(token).sum(2) * at_once ** -.5
             if thought == 'straight_through':
-                soft = log_p.exp() @ self.wte.weight[choices.start - self.config.reads.start:choices.stop]
+                rows = self.wte.weight[choices.start - self.config.reads.start:choices.stop]
+                soft = log_p.exp().flatten(2) @ rows * at_once ** -.5
                 x = x.detach() + soft - soft.detach()
-            seen = torch.cat([seen, new], dim=1)                                        # (S, (t + 2) S)
-            state = self.layers(x, cache, position + t + 1, seen)
-            alive = alive & (token != self.config.end_thought)
-            last = torch.where(alive[..., None], state, last)
+            seen = torch.cat([seen, new], dim=1)                                        # (S, (step + 2) S)
+            position = torch.arange(S, device=tokens.device) + step + 1
+            state = self.layers(x, cache, position, seen)
+            alive = alive & (token != self.config.end_thought).all(-1, keepdim=True)
+            last = torch.where(alive, state, last)
         if self.config.gate and T:
             last = plain.repeat_interleave(N // B, dim=0) + self.gate * last
-        thoughts, log_probs, entropies = (torch.stack(x, dim=-1) for x in zip(*written)) if T else 3 * [noise]
+        thoughts, log_probs, entropies = (torch.cat(x, dim=-1) for x in zip(*written)) if T else 3 * [noise]
         return thoughts, log_probs, entropies, plain, last
 
     @staticmethod

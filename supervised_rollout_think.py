@@ -55,6 +55,7 @@ readers = 'own'                 # 'own' | 'later': who sees the thoughts of a po
 positions = 'all'               # 'all' | 'last': all of a sequence think, or the last, by the slow code (to compare)
 d_thought_vocab = 64            # L: thought tokens
 think_len = 1                   # T: thoughts before each token; 0: none, ordinary training
+at_once = 1                     # of these written and read in one pass, each with its own part of the thought tokens
 fixed = True                    # always T thoughts; False: up to T, end_thought ends them
 think_cost = .01                # what a thought costs if their number is not fixed, nats
 group_size = 4                  # G: rollouts of a position
@@ -91,8 +92,10 @@ if learns and group_size < 2 and baseline == 'group':
     fail(f'baseline=group compares the rollouts of a group: group_size={group_size} must be at least 2')
 if not fixed and (thoughts != 'own' or thought != 'token'):
     fail(f'thoughts={thoughts}, thought={thought} have no end to choose: --fixed=True')
-if positions == 'last' and (gate != 'none' or readers == 'later' or thought != 'token' or not think_len):
-    fail('positions=last is for tokens that only their position reads: --gate=none --readers=own --thought=token')
+if positions == 'last' and (gate != 'none' or readers == 'later' or thought != 'token' or at_once > 1 or not think_len):
+    fail('positions=last is for single tokens that their position reads: --gate=none --readers=own --thought=token')
+if think_len % at_once or d_thought_vocab % at_once or at_once > 1 and not fixed:
+    fail(f'at_once={at_once} must divide think_len={think_len} and d_thought_vocab={d_thought_vocab}; --fixed=True')
 if init == 'unit' and dropout:
     fail('init=unit is for small models: --dropout=0')
 world = World(knobs)
@@ -173,8 +176,8 @@ def think(x, noise, given=None, **how):
         given = torch.full(noise.shape, thought_tokens.start, device=noise.device)
     if thoughts == 'random' and given is None:
         given = thought_tokens.start + (noise * d_thought_vocab).long()
-    *written, plain, last = model.think_everywhere(x, noise, thought=thought, readers=readers, fixed=fixed, given=given,
-                                                   **how)
+    *written, plain, last = model.think_everywhere(x, noise, thought=thought, readers=readers, fixed=fixed,
+                                                   at_once=at_once, given=given, **how)
     return *written, plain, plain.repeat_interleave(len(noise) // len(x), dim=0) if gate == 'closed' else last
 
 

@@ -64,7 +64,7 @@ LIMITS = {  # smallest and largest value of a knob besides its default; the othe
     **dict.fromkeys(('max_steps', 'inner_steps', 'eval_every', 'eval_questions', 'log_every', 'seeds', 'parallel'),
                     (1, 2**31 - 1)),
     **dict.fromkeys(('batch_size', 'group_size', 'd_thought_vocab', 'd_model', 'text_len',
-                     'eval_sequences', 'accumulate'), (1, 2**20)),
+                     'eval_sequences', 'accumulate', 'at_once'), (1, 2**20)),
     **dict.fromkeys(('n_layer', 'n_head', 'n_adds', 'k', 'n_letters'), (1, 2**12)),
     **dict.fromkeys(('think_len', 'k_test'), (0, 2**12)),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),

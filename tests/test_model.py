@@ -426,6 +426,25 @@ def test_thoughts_everywhere_know_nothing_of_the_text_behind_them(readers, thoug
     assert (before - after)[:, 5:].abs().amax(-1).min() > .01
 
 
+def test_thoughts_written_at_once_are_one_of_their_product():
+    """Two of three tokens each are one of nine, whose embeddings are the sums."""
+    torch.manual_seed(0)
+    model = GPT2Thinking(ThinkingModelConfig(**TEXT | {'d_thought_vocab': 6}))
+    tokens, noise = torch.randint(11, (3, 7)), torch.rand(6, 7, 4)
+    thoughts, log_probs, entropies, plain, last = model.think_everywhere(tokens, noise, at_once=2)
+    assert ((thoughts - 11) // 3).unique(dim=0).tolist() == [[[0, 1, 0, 1]] * 7]
+    both = model.logits(plain, range(11, 17)).unflatten(-1, (2, 3)).log_softmax(-1).repeat_interleave(2, dim=0)
+    pair = both[..., 0, :, None] + both[..., 1, None, :]                                        # (6, 7, 3, 3)
+    index = (thoughts[..., 0] - 11) * 3 + thoughts[..., 1] - 14
+    torch.testing.assert_close(log_probs[..., :2].sum(-1), pair.flatten(2).gather(-1, index[..., None])[..., 0])
+    torch.testing.assert_close(entropies[..., :2].sum(-1), -(pair.exp() * pair).sum((-1, -2)))
+    again = model.think_everywhere(tokens, noise, at_once=2, given=11 + (thoughts - 11) % 3)   # as ablations may give
+    for ours, theirs in zip((log_probs, entropies), again[1:]):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match='at_once=4 does not divide 4 thoughts and 6 tokens'):
+        model.think_everywhere(tokens, noise, at_once=4)
+
+
 def test_gradients_pass_through_thoughts_only_where_they_are_asked_to():
     torch.manual_seed(0)
     model = GPT2Thinking(ThinkingModelConfig(**TEXT))

@@ -654,7 +654,8 @@ def test_bad_input_of_one_script(run_here, tmp_path):
     for arguments, message in {
             '--data=nowhere': 'no data in nowhere, see python prepare_data.py --help', '--group_size=1': 'at least 2',
             '--fixed=False --thought=continuous': 'have no end to choose', '--accumulate=3': 'does not divide the 8',
-            '--positions=last': 'is for tokens that only their position reads', '--text_len=900': 'a smaller --text',
+            '--positions=last': 'is for single tokens that their position', '--text_len=900': 'a smaller --text',
+            '--at_once=2': 'must divide think_len=1', '--at_once=0': 'must be between 1',
             '--init=unit --dropout=.1': 'is for small models', '--reference=nowhere.pt': 'nowhere.pt is not there',
             '--think_len=-1': 'must be between 0', '--beta2=2': 'must be between 0'}.items():
         refused(run_here('supervised_rollout_think', out, *arguments.split()), message)

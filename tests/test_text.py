@@ -136,10 +136,13 @@ def test_every_knob_of_text_does_something(run_here, tmp_path):
     for knob in ('batch_size=4', 'text_len=6', 'learning_rate=1e-2', 'weight_decay=.5', 'beta2=.9', 'clip=.01',
                  'warmup_steps=9', 'dropout=.1', 'init=unit', 'thoughts=filler', 'thoughts=random',
                  'thought=straight_through', 'thought=continuous', 'readers=later', 'think_len=2', 'fixed=False',
+                 'spread=3', 'temperature=.1',
                  'group_size=3', 'gate=learned', 'gate=closed', 'plain_weight=.5', 'policy_weight=0',
                  'baseline=no_think', 'advantage=grpo', 'advantage=softmax', 'gamma=.5', 'epsilon=1',
                  'entropy_weight=1', 'positions=last', 'seed=1'):
         seen.append(state(f'--{knob}'))
         assert not torch.equal(seen[-1], usual), knob
     assert not torch.equal(state('--advantage=softmax', '--tau=.1'), state('--advantage=softmax'))
+    assert not torch.equal(state('--think_len=2', '--d_thought_vocab=6', '--at_once=2'),
+                           state('--think_len=2', '--d_thought_vocab=6'))
     assert not torch.equal(state('--fixed=False', '--think_cost=9'), state('--fixed=False'))
