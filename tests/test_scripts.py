@@ -449,8 +449,8 @@ def test_every_knob_of_thinking_does_something(run_here, tmp_path):
                           ['models']['model']['state'].values()])
     seen = [state()]
     for knob in ('recount=False', 'answer_at=end', 'hardest=0', 'group_size=3', 'advantage=grpo', 'entropy_weight=1',
-                 'entropy_steps=2', 'entropy_end=1', 'epsilon=1', 'baseline=batch', 'baseline=no_think', 'fixed=False', 'think_len=4',
-                 'heldout=.5', 'ops=+', 'seed=1'):
+                 'entropy_steps=2', 'entropy_end=1', 'epsilon=1', 'baseline=batch', 'baseline=no_think', 'fixed=False',
+                 'think_len=4', 'heldout=.5', 'ops=+', 'seed=1'):
         seen.append(state(f'--{knob}'))
     for most in (['--advantage=softmax'], ['--advantage=softmax', '--tau=9'], ['--memory=0'],
                  ['--memory=0', '--code_price=9'], ['--memory=.1']):
