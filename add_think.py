@@ -299,11 +299,11 @@ def overuse(thought):
     return excess.masked_fill(thought == model.config.end_thought, 0.).sum(1)
 
 
-n_steps = run.first_step
+n_steps, tested = run.first_step, None
 for step in run.steps(run.first_step, run.first_step if eval_only else max_steps):
     if step % eval_every == 0:
         save(step)
-        evaluate(step)
+        result, tested = evaluate(step), step
         if run.best >= enough and state['depth'] == k:
             break
     schedule(optimizer, learning_rate, step, max_steps, warmup_steps)
@@ -387,8 +387,9 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
 
 # ---- the last line --------------------------------------------------------------------------------------------------
 
-save(n_steps)
-result = evaluate(n_steps)
+if tested != n_steps:
+    save(n_steps)
+    result = evaluate(n_steps)
 depths = sorted({*range(1, min(k, 8) + 1), k, *(2**i for i in range(13) if 2**i <= k_most), k_most})
 tests = {depth: test(depth) for depth in depths}
 result['accuracy_at_depth'] = {depth: accuracy for depth, (*_, accuracy) in tests.items()}

@@ -116,7 +116,7 @@ VARIANTS = {    # row: (knobs, why it learns or does not)
     'decay-1': ('--weight_decay=1', 'the same, a little less'),
 }
 S5 = '--task=s5 --d_thought_vocab=256 --n_layer=2 --d_model=128 --batch_size=256 --advance_at=.85 --eval_every=1000'
-PLUS = '--ops=+ --k=1 --input_max=31 --max_steps=3000'
+PLUS = '--ops=+ --k=1 --input_max=31 --weight_decay=1 --batch_size=128'
 HOP = '--task=hop --input_max=10 --k=8 --k_test=16 --n_layer=2 --positions=rotary'
 FREE = '--fixed=False --hardest=.2 --learning_rate=5e-4 --group_size=16 --max_steps=2500 --enough=2'
 LESS = '--max_steps=4000 --enough=2'
@@ -221,10 +221,10 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     'buys': {
         'plus': ('cpu', 'add_think', f'{PLUS} --think_len=2', 'a + b, two thoughts'),
         'plus-none': ('cpu', 'add_think', f'{PLUS} --thoughts=none', 'no thoughts'),
-        'totals': ('cpu', 'add_think', f'--ops=+ {LESS}', 'only additions, which can all be done at once'),
-        'totals-none': ('cpu', 'add_think', f'--ops=+ --thoughts=none {LESS}', 'no thoughts'),
-        'sort': ('cpu', 'add_think', f'--task=sort --input_max=20 {LESS}', 'the sixth smallest of ten'),
-        'sort-none': ('cpu', 'add_think', f'--task=sort --input_max=20 --thoughts=none {LESS}', 'no thoughts'),
+        'totals': ('cpu', 'add_think', '--ops=+', 'only additions, which can all be done at once'),
+        'totals-none': ('cpu', 'add_think', '--ops=+ --thoughts=none', 'no thoughts'),
+        'sort': ('cpu', 'add_think', '--task=sort --input_max=20', 'the sixth smallest of ten'),
+        'sort-none': ('cpu', 'add_think', '--task=sort --input_max=20 --thoughts=none', 'no thoughts'),
         'hop': ('cpu', 'add_think', f'{HOP} --max_steps=2000', 'eight hops, two layers'),
         'hop-none': ('cpu', 'add_think', f'{HOP} --max_steps=4000 --thoughts=none', 'none, twice the steps'),
     },
