@@ -120,6 +120,9 @@ PLUS = '--ops=+ --k=1 --input_max=31 --weight_decay=1 --batch_size=128'
 HOP = '--task=hop --input_max=10 --k=8 --k_test=16 --n_layer=2 --positions=rotary'
 FREE = '--fixed=False --hardest=.2 --learning_rate=5e-4 --group_size=16 --max_steps=2500 --enough=2'
 LESS = '--max_steps=4000 --enough=2'
+SHARP = '--d_thought_vocab=256 --spread=3 --temperature=.001'
+NOVELS = ('--data=data/novels_char --n_layer=1 --d_model=256 --text_len=128 --batch_size=32 --max_steps=5000 '
+          '--eval_every=5000 --eval_sequences=2000 --weight_decay=0')
 THINKING = {    # row: (knobs, what it shows)
     'add': ('', 'the main case'),
     'add-none': ('--thoughts=none --max_steps=12000', 'none, three times the steps'),
@@ -234,6 +237,27 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
             ('batch', 'with the mean reward of all questions'),
             ('no_think', 'with log p of a lagged copy that answers at once'))
     },
+    'shakespeare': {
+        'none': ('cpu', 'supervised_rollout_think', '--think_len=0', 'the baseline: no thoughts'),
+        'own': ('cpu', 'supervised_rollout_think', '', 'a thought before every character'),
+        'filler': ('cpu', 'supervised_rollout_think', '--thoughts=filler', 'the same thought always'),
+        'continuous': ('cpu', 'supervised_rollout_think', '--thought=continuous --readers=later', 'no tokens'),
+        'large': ('cuda', 'supervised_rollout_think', '--think_len=0 --n_layer=6 --n_head=6 --d_model=384 '
+                  '--text_len=256 --batch_size=64 --dropout=.2 --max_steps=5000 --dtype=bfloat16 --compile=True '
+                  '--eval_sequences=2000', 'the baseline, six layers'),
+    },
+    'novels': {row: ('cuda', 'supervised_rollout_think', f'{NOVELS} {knobs}', what) for row, (knobs, what) in {
+        'none': ('--think_len=0', 'no thoughts'),
+        'deeper': ('--think_len=0 --n_layer=2', 'none, two layers'),
+        'filler': ('--thoughts=filler --readers=later', 'the same thought always'),
+        'continuous-own': ('--thought=continuous', 'states instead of tokens'),
+        'continuous': ('--thought=continuous --readers=later', 'the same, read by later positions too'),
+        'straight': (f'--thought=straight_through --readers=later {SHARP}', 'one token of 256, by gradient'),
+        'straight-8': (f'--thought=straight_through --readers=later {SHARP} --think_len=8 --at_once=8',
+                       'eight tokens of 32 at once'),
+        'own': ('--spread=10 --policy_weight=3', 'a token of 64, by reward'),
+        'later': ('--spread=10 --policy_weight=3 --readers=later --gamma=.5', 'the same, read and paid by later ones'),
+    }.items()},
     'dealt': {
         'whole': ('cpu', 'autoencoder_think', DEALT, 'the whole recipe'),
         'init': ('cpu', 'autoencoder_think', f'{DEALT} --init=gpt2', 'GPT-2\'s small weights'),
@@ -261,7 +285,7 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
 }
 COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING, 'code': '', 'capacity': '',
           'dealt': DEALT, 'paid': PAID, **dict.fromkeys(('thinking', 'needs', 'buys'), ''), 's5': S5,
-          'free': FREE}     # of all rows
+          'free': FREE, 'shakespeare': '', 'novels': NOVELS}     # of all rows
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
 
@@ -286,7 +310,9 @@ def learn(suite, row, seed):
     """
     folder, result = run(suite, row, seed, seed)
     log = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    if 'heldout_accuracy' in result:
+    if 'val_loss' in result:
+        pass
+    elif 'heldout_accuracy' in result:
         result['step_of_99'] = next((line['step'] for line in log if line.get('heldout_accuracy', 0) >= .99), None)
     else:
         first = next((line for line in log if line.get('accuracy') == 1), {})
@@ -398,6 +424,12 @@ def columns(suite, runs):
         reached = [run['step_of_99'] for run in runs if run['step_of_99']]
         return {**said, 'depth': spread([run['depth'] for run in runs], 1),
                 'step of .99': f'{spread(reached, 0)}, {len(reached)} of {len(runs)}' if reached else 'never',
+                'seconds': spread([run['seconds'] for run in runs], 0)}
+    if suite in ('shakespeare', 'novels'):
+        kinds = [kind for kind in ('shuffled', 'random', 'constant', 'none') if kind in runs[0]['above_own']]
+        return {'val loss': spread([run['val_loss'] for run in runs], 4),
+                'more with thoughts that are shuffled / random / constant / none': ' / '.join(
+                    f'{mean(run["above_own"][kind][0] for run in runs):.4f}' for kind in kinds),
                 'seconds': spread([run['seconds'] for run in runs], 0)}
     said = {'training': spread([run['accuracy'] for run in runs], 4),
             'held out': spread([run['heldout_accuracy'] for run in runs], 4)}
