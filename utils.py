@@ -66,7 +66,8 @@ LIMITS = {  # smallest and largest value of a knob besides its default; the othe
     **dict.fromkeys(('think_len', 'n_layer', 'n_head', 'n_adds', 'k', 'n_letters'), (1, 2**12)),
     'k_test': (0, 2**12),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
-    **dict.fromkeys(('epsilon', 'memory', 'hardest', 'advance_at', 'cut'), (0, 1)),
+    **dict.fromkeys(('epsilon', 'memory', 'hardest', 'advance_at'), (0, 1)),
+    'cut': (0, .9),
     'heldout': (0, .99), 'temperature': (1e-3, 1e3), 'top_p': (1e-6, 1),
 }
 # knobs that may differ when a run is resumed; they do not name its folder either
