@@ -61,7 +61,7 @@ d_thought_vocab = 32            # L: thought tokens
 think_len = 0                   # T: thoughts per question; 0: one less than its operations, if not fixed k + 1 for all
 fixed = True                    # always T thoughts; False: up to T, end_thought ends them
 think_cost = .1                 # what a thought costs if their number is not fixed, nats
-cut = .5                        # share of rollouts that are cut short at random if their number is not fixed
+cut = .5                        # share of a group that are copies of others, cut short at random, if it is not fixed
 answer_at = 'last'              # 'last' | 'end': the answer is read at the last thought, or at end_thought behind it
 hardest = .8                    # share of steps with questions of the greatest depth so far; the others are of any less
 advance_at = .96                # share of right answers, a running mean, at which depth grows by one
@@ -316,16 +316,19 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
     question, states = (world.share(part) for part in draw(batch_size, depth))      # (B, S), (B, depth)
     T = n_thoughts(depth)
     G = group_size if thoughts in ('own', 'random') and T else 1
-    noise = world.draw(torch.rand, batch_size, G, T).flatten(0, 1)                  # (B G, T)
+    n_cut = 0 if fixed else int(cut * G)            # of a group
+    noise = world.draw(torch.rand, batch_size, G - n_cut, T).flatten(0, 1)          # (B (G - n_cut), T)
+    whole = torch.arange(len(question) * G, device=world.device) % G >= n_cut       # (B G,)
     answer = states[:, -1].repeat_interleave(G)                                     # (B G,)
 
     with world.autocast:
-        # rollouts; where their number of thoughts is not fixed, some are cut short, to see what fewer would have done
-        thought = think(question, states, noise, **({'epsilon': epsilon} if thinks else {}))        # (B G, T)
-        whole = torch.ones(len(noise), dtype=torch.bool, device=world.device)                       # (B G,)
+        # rollouts; if their number of thoughts is not fixed, some again, cut short, to see what fewer would have done
+        thought = think(question, states, noise, **({'epsilon': epsilon} if thinks else {}))
         if not fixed:
-            which, at = world.draw(torch.rand, batch_size, G, 2).flatten(0, 1).T                    # (B G,)
-            whole, end = which >= cut, model.n_thoughts(thought)
+            which = torch.arange(-n_cut, G - n_cut, device=world.device) % (G - n_cut)              # (G,) of the whole
+            thought = thought.view(len(question), -1, T)[:, which].flatten(0, 1)                    # (B G, T)
+            end = model.n_thoughts(thought)                                                         # (B G,)
+            at = world.draw(torch.rand, batch_size, G).flatten()
             end = torch.where(whole, end, (at * (end + 1)).long())
             thought = thought.masked_fill(torch.arange(T, device=end.device) >= end[:, None], model.config.end_thought)
             thought = thought[:, :world.gather(end).max() + 1]      # what is longer is nobody's

@@ -68,7 +68,7 @@ LIMITS = {  # smallest and largest value of a knob besides its default; the othe
     **dict.fromkeys(('n_layer', 'n_head', 'n_adds', 'k', 'n_letters'), (1, 2**12)),
     **dict.fromkeys(('think_len', 'k_test'), (0, 2**12)),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
-    **dict.fromkeys(('epsilon', 'memory', 'hardest', 'advance_at', 'cut', 'gamma', 'beta2'), (0, 1)),
+    **dict.fromkeys(('epsilon', 'memory', 'hardest', 'advance_at', 'gamma', 'beta2'), (0, 1)), 'cut': (0, .9),
     **dict.fromkeys(('heldout', 'val_share', 'dropout'), (0, .99)), 'n_tokens': (1, 10**12), 'n_questions': (2, 10**8),
     'temperature': (1e-3, 1e3), 'top_p': (1e-6, 1),
 }
