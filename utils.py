@@ -198,6 +198,8 @@ class World:
         if self.device.type == 'cpu':       # two threads add in the same order in every repetition
             os.environ.setdefault('MKL_CBWR', 'AUTO,STRICT')
             torch.set_num_threads(torch.get_num_threads())      # which makes torch stop MKL from varying its own
+            for function in (torch.exp, torch.log, torch.sin, torch.cos, torch.tanh):
+                function(torch.ones(1))     # MKL chooses its code when it is first used; two threads at once may differ
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         torch.manual_seed(knobs['seed'])
