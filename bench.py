@@ -10,6 +10,7 @@ Every number in the README: this script measures it, keeps the raw results in as
 A result file names the command, the hardware, the version of torch and the commit (null where git is not at hand), and
 holds the last line of every run. A row is measured on a CPU or on a GPU, whichever it belongs on.
 """
+import itertools
 import json
 import os
 import subprocess
@@ -120,9 +121,27 @@ PLUS = '--ops=+ --k=1 --input_max=31 --weight_decay=1 --batch_size=128'
 HOP = '--task=hop --input_max=10 --k=8 --k_test=16 --n_layer=2 --positions=rotary'
 FREE = '--fixed=False --hardest=.2 --learning_rate=5e-4 --group_size=16 --max_steps=2500 --enough=2'
 LESS = '--max_steps=4000 --enough=2'
-SHARP = '--d_thought_vocab=256 --spread=3 --temperature=.001'
-NOVELS = ('--data=data/novels_char --n_layer=1 --d_model=256 --text_len=128 --batch_size=32 --max_steps=5000 '
-          '--eval_every=5000 --eval_sequences=2000 --weight_decay=0')
+ONE_LAYER = ('--n_layer=1 --d_model=256 --text_len=128 --batch_size=32 --learning_rate=2e-3 --eval_every=6000 '
+             '--eval_sequences=2000')
+TEXTS = {       # suite: (what all its rows have in common, steps)
+    'shakespeare': (f'{ONE_LAYER} --dropout=.1', 3000),
+    'novels': (f'--data=data/novels_char {ONE_LAYER} --weight_decay=0', 6000),
+    'words': (f'--data=data/novels {ONE_LAYER} --weight_decay=0 --dtype=bfloat16', 3000),
+}
+TEXT_ROWS = {   # row: (knobs, what it shows)
+    'none': ('--think_len=0', 'no thoughts'),
+    'none-twice': ('--think_len=0', 'none, twice the steps: as much work as with thoughts'),
+    'deeper': ('--think_len=0 --n_layer=2', 'none, two layers: as much work, more weights'),
+    'filler': ('--thoughts=filler', 'the same thoughts always'),
+    'straight': ('', 'eight tokens of 64 at once, by gradient'),
+    'continuous': ('--thought=continuous --gate=none --think_len=1 --at_once=1', 'the state itself instead of tokens'),
+}
+ON = '--learning_rate=5e-4 --entropy_weight=0 --max_steps=2000'
+ON_ROWS = {     # what goes on from straight
+    'straight-on': (ON, 'straight, and on by gradient'),
+    'paid': (f'--thought=token --temperature=1 {ON}', 'straight, and on by reward'),
+    'unpaid': (f'--thought=token --temperature=1 --policy_weight=0 {ON}', 'straight, and on without training thoughts'),
+}
 THINKING = {    # row: (knobs, what it shows)
     'add': ('', 'the main case'),
     'add-none': ('--thoughts=none --max_steps=12000', 'none, three times the steps'),
@@ -237,27 +256,16 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
             ('batch', 'with the mean reward of all questions'),
             ('no_think', 'with log p of a lagged copy that answers at once'))
     },
-    'shakespeare': {
-        'none': ('cpu', 'supervised_rollout_think', '--think_len=0', 'the baseline: no thoughts'),
-        'own': ('cpu', 'supervised_rollout_think', '', 'a thought before every character'),
-        'filler': ('cpu', 'supervised_rollout_think', '--thoughts=filler', 'the same thought always'),
-        'continuous': ('cpu', 'supervised_rollout_think', '--thought=continuous --readers=later', 'no tokens'),
+    'text': {
+        'none': ('cpu', 'supervised_rollout_think', '--think_len=0 --learning_rate=3e-3', 'four layers'),
         'large': ('cuda', 'supervised_rollout_think', '--think_len=0 --n_layer=6 --n_head=6 --d_model=384 '
-                  '--text_len=256 --batch_size=64 --dropout=.2 --max_steps=5000 --dtype=bfloat16 --compile=True '
-                  '--eval_sequences=2000', 'the baseline, six layers'),
+                  '--text_len=256 --batch_size=64 --dropout=.2 --max_steps=3000 --learning_rate=1e-3 '
+                  '--dtype=bfloat16', 'six layers'),
     },
-    'novels': {row: ('cuda', 'supervised_rollout_think', f'{NOVELS} {knobs}', what) for row, (knobs, what) in {
-        'none': ('--think_len=0', 'no thoughts'),
-        'deeper': ('--think_len=0 --n_layer=2', 'none, two layers'),
-        'filler': ('--thoughts=filler --readers=later', 'the same thought always'),
-        'continuous-own': ('--thought=continuous', 'states instead of tokens'),
-        'continuous': ('--thought=continuous --readers=later', 'the same, read by later positions too'),
-        'straight': (f'--thought=straight_through --readers=later {SHARP}', 'one token of 256, by gradient'),
-        'straight-8': (f'--thought=straight_through --readers=later {SHARP} --think_len=8 --at_once=8',
-                       'eight tokens of 32 at once'),
-        'own': ('--spread=10 --policy_weight=3', 'a token of 64, by reward'),
-        'later': ('--spread=10 --policy_weight=3 --readers=later --gamma=.5', 'the same, read and paid by later ones'),
-    }.items()},
+    **{suite: {row: ('cuda', 'supervised_rollout_think', ' '.join([common, knobs] + (
+                     [] if row in ON_ROWS else [f'--max_steps={steps * (1 + (row == "none-twice"))}'])), what)
+               for row, (knobs, what) in (TEXT_ROWS | (ON_ROWS if suite == 'novels' else {})).items()}
+       for suite, (common, steps) in TEXTS.items()},
     'dealt': {
         'whole': ('cpu', 'autoencoder_think', DEALT, 'the whole recipe'),
         'init': ('cpu', 'autoencoder_think', f'{DEALT} --init=gpt2', 'GPT-2\'s small weights'),
@@ -285,14 +293,19 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
 }
 COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING, 'code': '', 'capacity': '',
           'dealt': DEALT, 'paid': PAID, **dict.fromkeys(('thinking', 'needs', 'buys'), ''), 's5': S5,
-          'free': FREE, 'shakespeare': '', 'novels': NOVELS}     # of all rows
+          'free': FREE, 'text': '', **{suite: common for suite, (common, _) in TEXTS.items()}}     # of all rows
+STARTS = {row: 'straight' for row in ON_ROWS}       # row: the row whose checkpoint of the same seed it goes on from
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
+turn = itertools.count()         # of GPUs
+running = {}                    # row: futures of its runs, by seed
 
 
 def run(suite, row, seed, folder, *more):
     """Run a row's command with a seed in out/bench/<suite>-<row>/<folder>. Returns that folder and the last line."""
     device, script, arguments, _ = SUITES[suite][row]
+    if device == 'cuda':        # GPUs take turns
+        device = f'cuda:{next(turn) % torch.cuda.device_count()}'
     folder = ROOT / f'out/bench/{suite}-{row}/{folder}'
     threads = {'OMP_NUM_THREADS': str(max(1, os.cpu_count() // parallel))}
     run = subprocess.run([sys.executable, f'{script}.py', *arguments.split(), f'--seed={seed}', f'--device={device}',
@@ -308,7 +321,12 @@ def learn(suite, row, seed):
     The last line of a run, and the step at which 99% of held-out questions were first right; where none is held out,
     the step and the seconds at which all answers were.
     """
-    folder, result = run(suite, row, seed, seed)
+    more = []
+    if row in STARTS:
+        if STARTS[row] in running:
+            running[STARTS[row]][seed].result()
+        more = [f'--init_from={ROOT}/out/bench/{suite}-{STARTS[row]}/{seed}/ckpt.pt']
+    folder, result = run(suite, row, seed, seed, *more)
     log = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     if 'val_loss' in result:
         pass
@@ -365,13 +383,14 @@ def measure(suite, rows):
     failed, commit = [], git_commit()
     with ThreadPoolExecutor(parallel) as pool:
         one = {'origin': origin, 'free': free}.get(suite, learn)
-        runs = {row: [pool.submit(one, suite, row, seed) for seed in range(seeds)] for row in rows}
+        for row in rows:
+            running[row] = [pool.submit(one, suite, row, seed) for seed in range(seeds)]
         for row in rows:
             device, script, arguments, _ = SUITES[suite][row]
             result = {'command': f'python {script}.py {arguments}'.strip(), 'hardware': device_name(device),
                       'torch': torch.__version__, 'commit': commit, 'parallel': parallel}
             try:
-                result['runs'] = [future.result() for future in runs[row]]
+                result['runs'] = [future.result() for future in running[row]]
             except ChildProcessError as error:
                 failed.append(str(error))
                 continue
@@ -425,7 +444,7 @@ def columns(suite, runs):
         return {**said, 'depth': spread([run['depth'] for run in runs], 1),
                 'step of .99': f'{spread(reached, 0)}, {len(reached)} of {len(runs)}' if reached else 'never',
                 'seconds': spread([run['seconds'] for run in runs], 0)}
-    if suite in ('shakespeare', 'novels'):
+    if suite in ('text', *TEXTS):
         kinds = [kind for kind in ('shuffled', 'random', 'constant', 'none') if kind in runs[0]['above_own']]
         return {'val loss': spread([run['val_loss'] for run in runs], 4),
                 'more with thoughts that are shuffled / random / constant / none': ' / '.join(

@@ -80,7 +80,7 @@ class ThinkingModelConfig(ModelConfig):
     d_thought_vocab: int = 10   # L, without end_thought
     input_kind: str = 'all'     # 'all' | 'normal' | 'thought'
     output_kind: str = 'all'    # 'all' | 'normal' | 'thought'
-    gate: bool = False          # see GPT2Thinking.think_everywhere
+    gate: float | None = None   # None: no gate; or what it starts at, see GPT2Thinking.think_everywhere
 
     def __post_init__(self):
         if self.d_normal_vocab < 1 or self.d_thought_vocab < 1:
@@ -476,8 +476,8 @@ class GPT2Thinking(GPT2):
 
     def __init__(self, config):
         super().__init__(config)
-        if config.gate:     # how much each number of a state with thoughts counts; nothing at first
-            self.gate = nn.Parameter(torch.zeros(config.d_model))
+        if config.gate is not None:     # how much each number of a state with thoughts counts
+            self.gate = nn.Parameter(torch.full((config.d_model,), float(config.gate)))
 
     def thought_range(self, fixed):
         """Tokens that a thinking policy chooses from: the thoughts, and end_thought unless their number is fixed."""
@@ -558,7 +558,7 @@ class GPT2Thinking(GPT2):
 
         tokens: (B, S), S + T at most block_size. noise: (N, S, T), see utils.sample; N / B rollouts of each row.
         thought: 'token' | 'straight_through', tokens whose gradient is that of their probabilities | 'continuous', the
-        last state itself is read again (Hao et al. 2024), and there are no tokens.
+        last state itself is read again (Hao et al. 2024), marked as a thought, and there are no tokens.
         readers: 'own' | 'later': whether positions see the thoughts of those before them, up to the same one, too.
         fixed: always T thoughts; or end_thought ends those of a position, see think.
         at_once: thoughts that are written from one state and read in one pass, the sum of their embeddings; each has an
@@ -597,7 +597,7 @@ class GPT2Thinking(GPT2):
             entropy = -(log_p.exp() * log_p).sum(-1)
             written.append((token, torch.where(alive, log_prob, 0.), torch.where(alive, entropy, 0.)))
             if thought == 'continuous':
-                x = state * self.wte.weight.std()       # of the size of an embedding
+                x = state + self.embed(first)           # of the first thought token, so that it is not taken for text
             else:
                 x = self.embed(token).sum(2) * at_once ** -.5
             if thought == 'straight_through':
@@ -609,7 +609,7 @@ class GPT2Thinking(GPT2):
             state = self.layers(x, cache, position, seen)
             alive = alive & (token != self.config.end_thought).all(-1, keepdim=True)
             last = torch.where(alive, state, last)
-        if self.config.gate and T:
+        if self.config.gate is not None and T:
             last = plain.repeat_interleave(N // B, dim=0) + self.gate * last
         thoughts, log_probs, entropies = (torch.cat(x, dim=-1) for x in zip(*written)) if T else 3 * [noise]
         return thoughts, log_probs, entropies, plain, last

@@ -50,24 +50,25 @@ d_model = 128
 dropout = 0.                    # share of numbers dropped in training; several processes drop others than one
 init = 'gpt2'                   # 'gpt2' | 'unit': see init_weights in model.py; unit has two matrices for tokens
 thoughts = 'own'                # 'own' | 'filler' | 'random': controls read the same thought always, or any
-thought = 'token'               # 'token' | 'straight_through' | 'continuous': see think_everywhere in model.py
-readers = 'own'                 # 'own' | 'later': who sees the thoughts of a position: itself, or later ones as well
+thought = 'straight_through'    # 'token' | 'straight_through' | 'continuous': see think_everywhere in model.py
+readers = 'later'               # 'own' | 'later': who sees the thoughts of a position: itself, or later ones as well
 positions = 'all'               # 'all' | 'last': all of a sequence think, or the last, by the slow code (to compare)
-d_thought_vocab = 64            # L: thought tokens
-think_len = 1                   # T: thoughts before each token; 0: none, ordinary training
-at_once = 1                     # of these written and read in one pass, each with its own part of the thought tokens
+d_thought_vocab = 512           # L: thought tokens
+think_len = 8                   # T: thoughts before each token; 0: none, ordinary training
+at_once = 8                     # of these written and read in one pass, each with its own part of the thought tokens
 fixed = True                    # always T thoughts; False: up to T, end_thought ends them
 think_cost = .01                # what a thought costs if their number is not fixed, nats
 group_size = 4                  # G: rollouts of a position
-gate = 'learned'                # 'learned' | 'none' | 'closed': thoughts count for a share, 0 at first | all | nothing
+gate = 'open'                   # 'learned' | 'open' | 'none' | 'closed': the answer is what is seen without thoughts
+                                # plus a share, 0 | 1 at first, of what is seen with them | the latter | the former
 plain_weight = 0.               # weight of predicting without thoughts too
 policy_weight = 1.              # weight of the policy gradient; 0: thoughts are not trained
 baseline = 'group'              # 'group' | 'no_think': mean of the position's group, or a lagged copy without thoughts
 advantage = 'dr_grpo'           # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best': with baseline group
 tau = 1.                        # temperature of softmax
 gamma = 0.                      # thoughts are paid for the tokens after the next, too, each gamma times the one before
-spread = 1.                     # size of the embeddings of thoughts at first, those of text are 1: how certain they are
-temperature = 1.                # of thoughts in training, in which the policy gradient takes it for 1
+spread = 3.                     # size of the embeddings of thoughts at first, those of text are 1: how certain they are
+temperature = 0.                # of thoughts in training; 1 is what the policy gradient is of, 0 the most likely ones
 epsilon = 0.                    # share of thoughts that are drawn at random
 entropy_weight = .01            # of a bonus for the entropy of thoughts, falls to zero
 eval_every = 250                # steps between evaluations, each with a checkpoint and samples
@@ -90,6 +91,8 @@ thinks = thoughts == 'own' and think_len > 0
 learns = thinks and thought == 'token' and policy_weight > 0        # by reward
 if learns and group_size < 2 and baseline == 'group':
     fail(f'baseline=group compares the rollouts of a group: group_size={group_size} must be at least 2')
+if learns and not temperature:
+    fail('the rollouts of a group would all be the most likely one: --temperature=1')
 if not fixed and (thoughts != 'own' or thought != 'token'):
     fail(f'thoughts={thoughts}, thought={thought} have no end to choose: --fixed=True')
 if positions == 'last' and (gate != 'none' or readers == 'later' or thought != 'token' or at_once > 1 or not think_len):
@@ -132,8 +135,8 @@ with user_errors():
                          dropout=dropout, init=init, tie_weights=init == 'gpt2')
     model = GPT2(config)        # what it knows of text at first is the same with thoughts and without
     if think_len:
-        model = GPT2Thinking.from_normal(model, d_thought_vocab, spread=spread, gate=gate == 'learned',
-                                         block_size=text_len + think_len)
+        model = GPT2Thinking.from_normal(model, d_thought_vocab, spread=spread, block_size=text_len + think_len,
+                                         gate={'learned': 0., 'open': 1.}.get(gate))
         config = model.config
     if knobs.checkpoint:
         model = make_model(config, knobs.checkpoint)

@@ -26,7 +26,8 @@ TINY = {'add_think_blind': ['--input_max=7', '--d_thought_vocab=7', '--think_len
         'supervised_rollout_think': [f'--data={TEXT.name}', '--text_len=8', '--batch_size=8', '--n_layer=1',
                                      '--n_head=2', '--d_model=16', '--d_thought_vocab=5', '--warmup_steps=2',
                                      '--max_steps=6', '--eval_every=3', '--log_every=1', '--eval_sequences=10',
-                                     '--device=cpu']}
+                                     '--device=cpu', '--thought=token', '--readers=own', '--think_len=1', '--at_once=1',
+                                     '--spread=1', '--temperature=1', '--gate=learned']}
 
 
 def make_text(folder):

@@ -463,12 +463,16 @@ def test_gradients_pass_through_thoughts_only_where_they_are_asked_to():
 def test_a_gate_starts_at_what_is_known_without_thoughts():
     torch.manual_seed(0)
     normal = GPT2(ModelConfig(d_vocab=11, block_size=9, n_layer=2, n_head=2, d_model=16))
-    model = GPT2Thinking.from_normal(normal, 5, gate=True, block_size=12)
+    model = GPT2Thinking.from_normal(normal, 5, gate=0., block_size=12)
     tokens = torch.randint(11, (3, 9))
     *_, plain, last = model.think_everywhere(tokens, torch.rand(3, 9, 3))
     torch.testing.assert_close(plain, normal.hidden(tokens), atol=1e-5, rtol=0)
     assert torch.equal(last, plain)
-    torch.nn.init.ones_(model.gate)
-    assert not torch.equal(model.think_everywhere(tokens, torch.rand(3, 9, 3))[-1], plain)
+    noise, thought = torch.rand(3, 9, 3), {}
+    for gate in (1., None):
+        torch.manual_seed(1)
+        model = GPT2Thinking.from_normal(normal, 5, gate=gate, block_size=12)
+        *_, plain, thought[gate] = model.think_everywhere(tokens, noise)
+    torch.testing.assert_close(thought[1.], plain + thought[None])
     with pytest.raises(ValueError, match='9 tokens and 4 thoughts are more than block_size=12'):
         model.think_everywhere(tokens, torch.rand(3, 9, 4))

@@ -39,7 +39,8 @@ VARIANTS = {    # of scripts: what else must be resumed, and shared by processes
     'text': ['supervised_rollout_think', '--fixed=False', '--think_len=2', '--baseline=no_think', '--accumulate=2',
              '--epsilon=.2', '--gate=none'],
     'text, straight through': ['supervised_rollout_think', '--thought=straight_through', '--readers=later',
-                               '--plain_weight=.5', '--gamma=.5'],
+                               '--plain_weight=.5', '--gate=open', '--think_len=4', '--at_once=4',
+                               '--d_thought_vocab=8', '--temperature=0'],
     'code by sinkhorn': ['autoencoder_think', '--method=sinkhorn'],
     'code by gumbel': ['autoencoder_think', '--method=gumbel', '--tau=.5'],
 }
@@ -654,6 +655,7 @@ def test_bad_input_of_one_script(run_here, tmp_path):
     for arguments, message in {
             '--data=nowhere': 'no data in nowhere, see python prepare_data.py --help', '--group_size=1': 'at least 2',
             '--fixed=False --thought=continuous': 'have no end to choose', '--accumulate=3': 'does not divide the 8',
+            '--temperature=0': 'would all be the most likely',
             '--positions=last': 'is for single tokens that their position', '--text_len=900': 'a smaller --text',
             '--at_once=2': 'must divide think_len=1', '--at_once=0': 'must be between 1',
             '--init=unit --dropout=.1': 'is for small models', '--reference=nowhere.pt': 'nowhere.pt is not there',

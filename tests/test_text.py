@@ -137,7 +137,7 @@ def test_every_knob_of_text_does_something(run_here, tmp_path):
                  'warmup_steps=9', 'dropout=.1', 'init=unit', 'thoughts=filler', 'thoughts=random',
                  'thought=straight_through', 'thought=continuous', 'readers=later', 'think_len=2', 'fixed=False',
                  'spread=3', 'temperature=.1',
-                 'group_size=3', 'gate=learned', 'gate=closed', 'plain_weight=.5', 'policy_weight=0',
+                 'group_size=3', 'gate=learned', 'gate=open', 'gate=closed', 'plain_weight=.5', 'policy_weight=0',
                  'baseline=no_think', 'advantage=grpo', 'advantage=softmax', 'gamma=.5', 'epsilon=1',
                  'entropy_weight=1', 'positions=last', 'seed=1'):
         seen.append(state(f'--{knob}'))
