@@ -262,7 +262,7 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
                   '--text_len=256 --batch_size=64 --dropout=.2 --max_steps=3000 --learning_rate=1e-3 '
                   '--dtype=bfloat16', 'six layers'),
     },
-    **{suite: {row: ('cuda', 'supervised_rollout_think', ' '.join([common, knobs] + (
+    **{suite: {row: ('cuda', 'supervised_rollout_think', ' '.join([common, *knobs.split()] + (
                      [] if row in ON_ROWS else [f'--max_steps={steps * (1 + (row == "none-twice"))}'])), what)
                for row, (knobs, what) in (TEXT_ROWS | (ON_ROWS if suite == 'novels' else {})).items()}
        for suite, (common, steps) in TEXTS.items()},
