@@ -121,12 +121,13 @@ PLUS = '--ops=+ --k=1 --input_max=31 --weight_decay=1 --batch_size=128'
 HOP = '--task=hop --input_max=10 --k=8 --k_test=16 --n_layer=2 --positions=rotary'
 FREE = '--fixed=False --hardest=.2 --learning_rate=5e-4 --group_size=16 --max_steps=2500 --enough=2'
 LESS = '--max_steps=4000 --enough=2'
-ONE_LAYER = ('--n_layer=1 --d_model=256 --text_len=128 --batch_size=32 --learning_rate=2e-3 --eval_every=6000 '
-             '--eval_sequences=2000')
-TEXTS = {       # suite: (what all its rows have in common, steps)
-    'shakespeare': (f'{ONE_LAYER} --dropout=.1', 3000),
-    'novels': (f'--data=data/novels_char {ONE_LAYER} --weight_decay=0', 6000),
-    'words': (f'--data=data/novels {ONE_LAYER} --weight_decay=0 --dtype=bfloat16', 3000),
+NOVELS = ('--n_layer=1 --d_model=256 --text_len=128 --batch_size=32 --learning_rate=2e-3 --eval_every=6000 '
+          '--eval_sequences=2000 --weight_decay=0')
+TEXTS = {       # suite: (where, what all its rows have in common, steps)
+    'shakespeare': ('cpu', '--n_layer=1 --batch_size=16 --learning_rate=2e-3 --eval_every=5000 --eval_sequences=2000',
+                    5000),
+    'novels': ('cuda', f'--data=data/novels_char {NOVELS}', 6000),
+    'words': ('cuda', f'--data=data/novels {NOVELS} --dtype=bfloat16', 4000),
 }
 TEXT_ROWS = {   # row: (knobs, what it shows)
     'none': ('--think_len=0', 'no thoughts'),
@@ -259,13 +260,13 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     'text': {
         'none': ('cpu', 'supervised_rollout_think', '--think_len=0 --learning_rate=3e-3', 'four layers'),
         'large': ('cuda', 'supervised_rollout_think', '--think_len=0 --n_layer=6 --n_head=6 --d_model=384 '
-                  '--text_len=256 --batch_size=64 --dropout=.2 --max_steps=3000 --learning_rate=1e-3 '
+                  '--text_len=256 --batch_size=64 --dropout=.2 --max_steps=5000 --learning_rate=1e-3 '
                   '--dtype=bfloat16', 'six layers'),
     },
-    **{suite: {row: ('cuda', 'supervised_rollout_think', ' '.join([common, *knobs.split()] + (
+    **{suite: {row: (where, 'supervised_rollout_think', ' '.join([common, *knobs.split()] + (
                      [] if row in ON_ROWS else [f'--max_steps={steps * (1 + (row == "none-twice"))}'])), what)
                for row, (knobs, what) in (TEXT_ROWS | (ON_ROWS if suite == 'novels' else {})).items()}
-       for suite, (common, steps) in TEXTS.items()},
+       for suite, (where, common, steps) in TEXTS.items()},
     'dealt': {
         'whole': ('cpu', 'autoencoder_think', DEALT, 'the whole recipe'),
         'init': ('cpu', 'autoencoder_think', f'{DEALT} --init=gpt2', 'GPT-2\'s small weights'),
@@ -293,7 +294,7 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
 }
 COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING, 'code': '', 'capacity': '',
           'dealt': DEALT, 'paid': PAID, **dict.fromkeys(('thinking', 'needs', 'buys'), ''), 's5': S5,
-          'free': FREE, 'text': '', **{suite: common for suite, (common, _) in TEXTS.items()}}     # of all rows
+          'free': FREE, 'text': '', **{suite: common for suite, (_, common, _) in TEXTS.items()}}     # of all rows
 STARTS = {row: 'straight' for row in ON_ROWS}       # row: the row whose checkpoint of the same seed it goes on from
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
@@ -447,6 +448,7 @@ def columns(suite, runs):
     if suite in ('text', *TEXTS):
         kinds = [kind for kind in ('shuffled', 'random', 'constant', 'none') if kind in runs[0]['above_own']]
         return {'val loss': spread([run['val_loss'] for run in runs], 4),
+                **({'its best': spread([run['best_val_loss'] for run in runs], 4)} if suite == 'text' else {}),
                 'more with thoughts that are shuffled / random / constant / none': ' / '.join(
                     f'{mean(run["above_own"][kind][0] for run in runs):.4f}' for kind in kinds),
                 'seconds': spread([run['seconds'] for run in runs], 0)}

@@ -39,7 +39,7 @@ class ModelConfig:
     tie_weights: bool = True    # one matrix embeds and unembeds
     init: str = 'gpt2'          # 'gpt2': std .02 | 'unit': activations of size one, for small models
     positions: str = 'learned'  # 'learned': an embedding each | 'rotary' | 'relative': attention by distance
-    dropout: float = 0.         # share of numbers that are dropped, in training, of embeddings and of what a layer adds
+    dropout: float = 0.         # share of numbers dropped in training: of embeddings, attention and what a layer adds
 
     def __post_init__(self):
         for name in ('d_vocab', 'block_size', 'n_layer', 'n_head', 'd_model'):
@@ -162,28 +162,29 @@ class GrowingCache:
         return self
 
 
-def attention(q, k, v, bias=None, visible=None):
+def attention(q, k, v, bias=None, visible=None, dropout=0.):
     """
     Attention of q (B, H, Sq, D), the last Sq of the Sk tokens, to k and v (B, H, Sk, D). Returns q's shape.
     visible: (Sq, Sk), True for what each may see; None: those before it and itself. bias: (H, Sq, Sk), added to scores.
+    dropout: share of the weights that are dropped.
     """
     n_query, n_key = q.shape[2], k.shape[2]
     tiny = n_key <= TINY and (q.is_cuda or q.requires_grad and n_query > 1)
     if not tiny and bias is None and visible is None and n_query in (1, n_key):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=n_query > 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=n_query > 1, dropout_p=dropout)
     mask = visible
     if visible is None:
         mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)  # (Sq, Sk)
     if bias is not None:
         mask = bias.to(q.dtype).masked_fill(~mask, -torch.inf)                                      # (H, Sq, Sk)
     if not tiny:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     if bias is None:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
     if q.is_cuda:       # which multiplies thousands of tiny matrices faster number by number
         scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) * q.shape[-1] ** -.5 + mask             # (B, H, Sq, Sk)
-        return (scores.softmax(-1)[..., None] * v[:, :, None]).sum(3).to(v.dtype)
-    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -.5 + mask).softmax(-1) @ v                    # scores as above
+        return (F.dropout(scores.softmax(-1), dropout)[..., None] * v[:, :, None]).sum(3).to(v.dtype)
+    return F.dropout((q @ k.transpose(-2, -1) * q.shape[-1] ** -.5 + mask).softmax(-1), dropout) @ v    # as above
 
 
 def turns(positions, d_head):
@@ -202,8 +203,7 @@ def turn(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.positions = config.positions
+        self.config = config
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
         self.c_proj = nn.Linear(config.d_model, config.d_model)
         if config.positions == 'relative':      # what a distance of -REACH..REACH adds to a head's scores
@@ -215,14 +215,15 @@ class Attention(nn.Module):
 
     def forward(self, x, layer, cache, places, visible):
         B, S, d_model = x.shape
-        q, k, v = (y.view(B, S, self.n_head, -1).transpose(1, 2)           # (B, H, S, D)
+        q, k, v = (y.view(B, S, self.config.n_head, -1).transpose(1, 2)           # (B, H, S, D)
                    for y in self.c_attn(x).split(d_model, dim=-1))
-        if self.positions == 'rotary':
+        if self.config.positions == 'rotary':
             q, k = turn(q, *places), turn(k, *places)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        bias = 8 * self.relative(places).permute(2, 0, 1) if self.positions == 'relative' else None     # (H, Sq, Sk)
-        return self.c_proj(attention(q, k, v, bias, visible).transpose(1, 2).reshape(B, S, d_model))
+        bias = 8 * self.relative(places).permute(2, 0, 1) if self.config.positions == 'relative' else None  # (H, Sq, Sk)
+        dropout = self.config.dropout if self.training else 0.
+        return self.c_proj(attention(q, k, v, bias, visible, dropout).transpose(1, 2).reshape(B, S, d_model))
 
 
 class MLP(nn.Module):

@@ -362,4 +362,4 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
 save(n_steps)
 found = evaluate(n_steps)
 run.sample(write())
-run.finish(steps=n_steps, val_loss=found['own'].mean().item(), **compare(found))
+run.finish(steps=n_steps, val_loss=found['own'].mean().item(), best_val_loss=-run.best, **compare(found))
