@@ -221,7 +221,7 @@ class Attention(nn.Module):
             q, k = turn(q, *places), turn(k, *places)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        bias = 8 * self.relative(places).permute(2, 0, 1) if self.config.positions == 'relative' else None  # (H, Sq, Sk)
+        bias = 8 * self.relative(places).permute(2, 0, 1) if self.config.positions == 'relative' else None
         dropout = self.config.dropout if self.training else 0.
         return self.c_proj(attention(q, k, v, bias, visible, dropout).transpose(1, 2).reshape(B, S, d_model))
 
