@@ -124,8 +124,7 @@ LESS = '--max_steps=4000 --enough=2'
 NOVELS = ('--n_layer=1 --d_model=256 --text_len=128 --batch_size=32 --learning_rate=2e-3 --eval_every=6000 '
           '--eval_sequences=2000 --weight_decay=0')
 TEXTS = {       # suite: (where, what all its rows have in common, steps)
-    'shakespeare': ('cpu', '--n_layer=1 --batch_size=16 --learning_rate=2e-3 --eval_every=5000 --eval_sequences=2000',
-                    5000),
+    'shakespeare': ('cpu', '--n_layer=1 --batch_size=16 --eval_every=5000 --eval_sequences=2000', 5000),
     'novels': ('cuda', f'--data=data/novels_char {NOVELS}', 6000),
     'words': ('cuda', f'--data=data/novels {NOVELS} --dtype=bfloat16', 4000),
 }
@@ -258,7 +257,7 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
             ('no_think', 'with log p of a lagged copy that answers at once'))
     },
     'text': {
-        'none': ('cpu', 'supervised_rollout_think', '--think_len=0 --learning_rate=3e-3', 'four layers'),
+        'none': ('cpu', 'supervised_rollout_think', '--think_len=0', 'four layers'),
         'large': ('cuda', 'supervised_rollout_think', '--think_len=0 --n_layer=6 --n_head=6 --d_model=384 '
                   '--text_len=256 --batch_size=64 --dropout=.2 --max_steps=5000 --learning_rate=1e-3 '
                   '--dtype=bfloat16', 'six layers'),

@@ -1,25 +1,28 @@
 """
-Text: thoughts before every next token, paid by that token. Without thoughts it is ordinary GPT training, the baseline.
+Text: thoughts before every next token. Without thoughts it is ordinary GPT training, the baseline.
 
     tokens 0..t of a text   ->   T thoughts   ->   token t + 1,   for every t of a sequence at once
 
-One model reads text, thinks and predicts. Nobody tells it what a thought means; the thoughts of a position are paid
+One model reads text, thinks and predicts, and nobody tells it what a thought means. By default eight tokens are thought
+at once, by gradient: that of a token is that of its probabilities (straight-through, Bengio et al. 2013). Or by reward:
 log p(the next token), compared with other thoughts of the same position, so that nobody is paid for easy tokens.
 
     python prepare_data.py                                                        # Shakespeare, by character
     python supervised_rollout_think.py
     python supervised_rollout_think.py --think_len=0                              # the baseline: a GPT
-    python supervised_rollout_think.py --thoughts=filler                          # a control: the same thought always
-    python supervised_rollout_think.py --thought=continuous --readers=later       # an upper bound: not tokens at all
-    python supervised_rollout_think.py --init_from=out/supervised_rollout_think/think_len=0/ckpt.pt     # grown from it
+    python supervised_rollout_think.py --thoughts=filler                          # a control: the same thoughts always
+    python supervised_rollout_think.py --thought=continuous --gate=none           # an upper bound: not tokens at all
+    python supervised_rollout_think.py --thought=token --temperature=1            # by reward
+    python supervised_rollout_think.py --gate=learned --init_from=out/supervised_rollout_think/think_len=0/ckpt.pt
     torchrun --standalone --nproc_per_node=2 supervised_rollout_think.py
 
 Each step: a batch of sequences; G rollouts of T thoughts at each of their positions, one pass over all positions for
-each thought (Quiet-STaR, Zelikman et al. 2024); cross-entropy of the next tokens, and the policy gradient (Williams
-1992) on the thoughts, with the mean reward of the position's group as baseline (Dr. GRPO, Liu et al. 2025) or what a
-lagged copy gets that does not think (RLP, Hatamizadeh et al. 2025). There is no clipping of ratios and no KL term, as
-each rollout is used once. By default a gate mixes what is seen with thoughts into what is seen without, starting at
-nothing (in Quiet-STaR it mixes logits), so that training begins at the loss of a model that does not think.
+each thought (Quiet-STaR, Zelikman et al. 2024), or for those that are written at once; cross-entropy of the next
+tokens; and by reward the policy gradient (Williams 1992) on the thoughts, with the mean reward of the position's group
+as baseline (Dr. GRPO, Liu et al. 2025) or what a lagged copy gets that does not think (RLP, Hatamizadeh et al. 2025).
+There is no clipping of ratios and no KL term, as each rollout is used once. What is seen with thoughts is added to what
+is seen without, by a gate (in Quiet-STaR it mixes logits); --gate=learned begins with nothing, at the loss of a model
+that does not think.
 """
 import copy
 
@@ -39,7 +42,7 @@ accumulate = 1                  # parts that a process works through its share o
 text_len = 64                   # S: tokens of a sequence
 max_steps = 2000                # updates
 max_seconds = 1e6               # stop after this wall-clock time
-learning_rate = 1e-3            # falls to a tenth of it, as a cosine
+learning_rate = 2e-3            # falls to a tenth of it, as a cosine
 weight_decay = .1
 beta2 = .99                     # of AdamW
 clip = 1.                       # largest norm of the gradient; 0: any
