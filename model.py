@@ -550,6 +550,86 @@ class GPT2Thinking(GPT2):
         logits = self.logits(read, range(self.config.d_normal_vocab))
         return torch.where(chosen, log_probs, 0.), torch.where(chosen, entropies, 0.), logits
 
+    def allowed(self, n_thoughts, closed, think_len, fixed=True, close=False):
+        """
+        What may come next in text with thoughts inside, (..., d_vocab_total) of bool: n_thoughts (...) stand behind the
+        last normal token, at most think_len, and closed (...) says whether end_thought closes them. fixed: think_len
+        thoughts before every normal token; or as many as the policy likes. close: end_thought must close thoughts.
+        """
+        full, begun = n_thoughts >= think_len, n_thoughts > 0
+        if close:
+            normal = closed | ~begun & (not fixed or not think_len)
+            end = begun & ~closed & (full | (not fixed))
+        else:
+            normal, end = full | (not fixed), full & False
+        kinds = torch.stack([normal, ~full & ~closed, end], dim=-1)                         # (..., 3)
+        config = self.config
+        sizes = torch.tensor([config.d_normal_vocab, config.d_thought_vocab, 1], device=kinds.device)
+        return kinds.repeat_interleave(sizes, dim=-1, output_size=config.d_vocab)
+
+    @torch.no_grad()
+    def write(self, prompt, n_new, think_len, *, fixed=True, close=False, n_rollouts=1, noise=None, text=None,
+              thoughts=None, use_cache=True, **how):
+        """
+        Continue prompts (B, S) until n_new normal tokens are written, with thoughts between them, see allowed; rows
+        that are done before others are filled up with end_thought. noise: (N, n_new (think_len + 1 + close)), as in
+        generate, as are n_rollouts, use_cache and how. text: (N, n_new), normal tokens to write in place of sampled
+        ones, with own thoughts; thoughts: (N, n_new (think_len + 1 + close)), the same for thoughts. Returns tokens (N, T) and mask (N, T) of what was written.
+        """
+        (B, S), N, config = prompt.shape, len(prompt) * n_rollouts, self.config
+        longest = n_new * (think_len + 1 + close * (think_len > 0))
+        if S + longest - 1 > config.block_size:
+            raise ValueError(f'{S} tokens and up to {longest} new ones are more than block_size={config.block_size}')
+        if noise is None:
+            noise = torch.rand(N, longest, device=prompt.device)
+        cache = KVCache(config, B, S + longest - 1, prompt.device, self.wte.weight.dtype) if use_cache else None
+        state = self.hidden(prompt, cache)[:, -1].repeat_interleave(n_rollouts, dim=0)      # (N, d_model)
+        if use_cache:
+            cache.repeat(n_rollouts)
+        prompt = prompt.repeat_interleave(n_rollouts, dim=0)
+        tokens = torch.full((N, longest), config.end_thought, device=prompt.device)
+        mask = torch.zeros_like(tokens, dtype=torch.bool)
+        n_thoughts, n_normal = torch.zeros(2, N, dtype=torch.long, device=prompt.device)
+        closed = torch.zeros(N, dtype=torch.bool, device=prompt.device)
+        for t in range(longest):
+            if t:
+                read = tokens[:, t - 1:t] if use_cache else torch.cat([prompt, tokens[:, :t]], dim=1)
+                state = self.hidden(read, cache)[:, -1]
+            may = self.allowed(n_thoughts, closed, think_len, fixed, close)
+            bias = torch.zeros_like(may, dtype=torch.float).masked_fill(~may, -torch.inf)
+            mask[:, t] = n_normal < n_new
+            token = sample(self.logits(state, config.writes), noise[:, t], bias=bias, **how)[0]
+            normal = token < config.d_normal_vocab
+            if text is not None:
+                token = torch.where(normal, text.gather(1, n_normal.clamp(max=n_new - 1)[:, None])[:, 0], token)
+            if thoughts is not None:
+                token = torch.where(normal | (token == config.end_thought), token, thoughts[:, t])
+            tokens[:, t] = torch.where(mask[:, t], token, config.end_thought)
+            normal = normal & mask[:, t]
+            closed = tokens[:, t] == config.end_thought
+            n_thoughts = torch.where(normal, 0, n_thoughts + ~closed)
+            n_normal = n_normal + normal
+            if not (n_normal < n_new).any():
+                return tokens[:, :t + 1], mask[:, :t + 1]
+        return tokens, mask
+
+    def written_log_probs(self, prompt, tokens, think_len, fixed=True, close=False):
+        """
+        Log-probabilities and entropies (N, T), with gradient, of tokens (N, T) that write continued prompts (N, S) by:
+        among what was allowed at each place, at temperature 1.
+        """
+        place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        ends = tokens == self.config.end_thought
+        last = (place * (tokens < self.config.d_normal_vocab)).cummax(1).values             # normal token before, or 0
+        ended = (place * ends).cummax(1).values > last
+        n_thoughts = F.pad((place - last - ended.long())[:, :-1], (1, 0))
+        may = self.allowed(n_thoughts, F.pad(ends[:, :-1], (1, 0)), think_len, fixed, close)
+        states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1))[:, prompt.shape[1] - 1:]
+        logits = self.logits(states, self.config.writes).float().masked_fill(~may, -torch.inf)
+        log_p = logits.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p.masked_fill(~may, 0.)).sum(-1)
+        return log_p.gather(-1, tokens[..., None])[..., 0], entropy
+
     def think_everywhere(self, tokens, noise, *, thought='token', readers='own', fixed=True, at_once=1, given=None,
                          **how):
         """

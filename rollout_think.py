@@ -1,0 +1,332 @@
+"""
+Text: whole rollouts. The model goes on from a real text, with thoughts where it likes, and another model judges.
+
+    a real text   ->   normal tokens and thoughts, mixed   ->   thoughts stripped   ->   log p by a reference model
+
+Every normal token is paid what a frozen reference model thinks of it, the thoughts stripped; its reward flows back to the
+tokens and thoughts before it, gamma times less for each normal token between. G rollouts go on from the same text, and
+are compared with each other at the same normal token. A model without thoughts, trained by the same, is the control.
+
+    python supervised_rollout_think.py --think_len=0                                    # a model to start from
+    python rollout_think.py --init_from=out/supervised_rollout_think/think_len=0/ckpt.pt --reference=<a better one>.pt
+    python rollout_think.py --init_from=... --reference=... --think_len=0               # the control
+    torchrun --standalone --nproc_per_node=2 rollout_think.py --init_from=... --reference=...
+
+Each step: B prefixes from the text, G continuations of each, and the policy gradient (Williams 1992) with the mean of the
+group as baseline (Dr. GRPO, Liu et al. 2025). There is no clipping of ratios, as each rollout is used once. A reference
+likes to be told what it expects, again and again: KL to the starting model, a price for repetition, and the entropy of
+what is written are there to prevent that. What is real can be mixed in (supervised_weight), with own thoughts before it.
+"""
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig, make_model, pack, unpack
+from utils import (Run, World, advantages, fail, load_checkpoint, load_text, make_optimizer, need, read_knobs, schedule,
+                   show_tokens, user_errors)
+
+# ---- knobs ----------------------------------------------------------------------------------------------------------
+
+data = 'data/shakespeare_char'  # folder that prepare_data.py made
+reference = ''                  # who judges: path of a checkpoint, a .gguf file, or a transformers folder or hub name
+prefix_len = 32                 # tokens of real text to go on from
+text_len = 32                   # normal tokens that are written
+batch_size = 8                  # prefixes per step, over all processes
+group_size = 8                  # G: rollouts of a prefix
+max_steps = 500                 # updates
+max_seconds = 1e6               # stop after this wall-clock time
+learning_rate = 3e-4            # falls to a tenth of it, as a cosine
+weight_decay = 0.
+clip = 1.                       # largest norm of the gradient; 0: any
+warmup_steps = 10               # steps over which the learning rate rises
+n_layer = 4                     # of a model from scratch
+n_head = 4
+d_model = 128
+d_thought_vocab = 64            # L: thought tokens
+think_len = 1                   # T: largest number of thoughts before a normal token; 0: none
+fixed = False                   # always T thoughts before a normal token
+close = False                   # end_thought must close thoughts before the next normal token
+spread = 1.                     # size of the embeddings of thoughts at first, those of text are 1
+advantage = 'dr_grpo'           # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best'
+tau = 1.                        # temperature of softmax
+gamma = .9                      # a token is paid for the normal ones after the next, too, each gamma times the one before
+think_cost = 0.                 # what a thought costs, nats
+repeat_cost = 1.                # what a normal token costs that completes four that are in its text already, nats
+kl_weight = .1                  # of log p(normal token) over what the starting model gives it, taken from its reward
+entropy_weight = .01            # of a bonus for the entropy of what is written
+supervised_weight = 0.          # of cross-entropy of the real continuation, with own thoughts
+temperature = 1.                # of rollouts
+top_k = 0                       # of rollouts: only the k most likely tokens; 0: all
+top_p = 1.                      # of rollouts: only the most likely tokens that make up this probability
+eval_every = 50                 # steps between evaluations, each with a checkpoint and samples
+eval_prefixes = 128             # rollouts per evaluation, from prefixes evenly from all of val
+log_every = 1                   # steps between lines of metrics.jsonl
+seed = 0                        # of weights, prefixes and rollouts
+device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
+dtype = 'float32'               # 'float32' | 'bfloat16'
+init_from = 'scratch'           # scratch, resume, or the path of a checkpoint to take weights from, thinking or normal
+eval_only = False               # evaluate, train nothing, write nothing
+out_dir = ''                    # folder of the run; empty: out/rollout_think/<changed knobs>
+wandb_mode = 'disabled'         # 'disabled' | 'offline' | 'online'
+
+# ---- set-up ---------------------------------------------------------------------------------------------------------
+
+knobs = read_knobs(__file__, globals())
+if group_size < 2:
+    fail(f'rollouts of a prefix are compared with each other: group_size={group_size} must be at least 2')
+if not reference:
+    fail('--reference must name a model that judges, such as the checkpoint of a larger one')
+world = World(knobs)
+G = group_size
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+train_set, val_set, d_vocab, decode = load_text(data)
+if min(len(train_set), len(val_set)) < prefix_len + text_len + 1:
+    fail(f'{data} has no {prefix_len + text_len} tokens in a row: a smaller --prefix_len or --text_len')
+
+
+def cut(tokens, starts):
+    """Prefixes (n, prefix_len) that start there, and how they really go on (n, text_len)."""
+    rows = torch.from_numpy(tokens[starts.numpy()[:, None] + np.arange(prefix_len + text_len)].astype(np.int64))
+    return rows.to(world.device).split([prefix_len, text_len], dim=1)
+
+
+def draw(step):
+    """Prefixes (B, prefix_len) of a step, this process's share, and how they go on (B, text_len). seed decides it."""
+    starts = np.random.default_rng([seed, step]).integers(len(train_set) - prefix_len - text_len, size=batch_size)
+    return cut(train_set, world.share(torch.from_numpy(starts)))
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+longest = text_len * (think_len + 1 + (close and think_len > 0))      # of a rollout
+with user_errors():
+    shape = dict(n_layer=n_layer, n_head=n_head, d_model=d_model)
+    if knobs.checkpoint:        # a model has the shape it has
+        packed = knobs.checkpoint['models'].get('model')
+        if packed is None:
+            raise ValueError(f'{init_from} has no model of text')
+        model = unpack(packed)
+    else:
+        model = GPT2(ModelConfig(d_vocab=d_vocab, block_size=prefix_len + longest, **shape))
+    if not isinstance(model, GPT2Thinking):
+        model = GPT2Thinking.from_normal(model, d_thought_vocab, spread=spread,
+                                         block_size=max(model.config.block_size, prefix_len + longest))
+config = model.config
+if config.d_normal_vocab != d_vocab:
+    fail(f'{init_from} is a model of {config.d_normal_vocab} tokens, {data} has {d_vocab}')
+if config.block_size < prefix_len + longest:
+    fail(f'{init_from} reads {config.block_size} tokens, {prefix_len} and up to {longest} written ones are more')
+model.to(world.device).eval()       # nothing is dropped
+models = {'model': model, 'start': copy.deepcopy(model).requires_grad_(False)}
+if init_from == 'resume':
+    with user_errors():
+        models['start'].load_state_dict(make_model(config, knobs.checkpoint, 'start').state_dict())
+thought_tokens = range(d_vocab, d_vocab + config.d_thought_vocab)
+RULES = {'think_len': think_len, 'fixed': fixed, 'close': close}
+SAMPLING = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
+powers = torch.arange(text_len, device=world.device)
+powers = torch.where(powers[:, None] >= powers, gamma ** (powers[:, None] - powers).clamp(min=0.), 0.)    # (n, n)
+
+
+def text_log_probs(judge, prefix, text):
+    """Log-probabilities (N, n) of normal tokens text (N, n) after prefix (N, S), by a model that sees no thoughts."""
+    return judge.log_probs(prefix, text, range(d_vocab))
+
+
+def load_reference(source):
+    """
+    A function from prefix (N, S) and text (N, n) to log-probabilities (N, n), by our own checkpoint of the same tokens,
+    or by a model of transformers with tokens of its own: the text is tokenised again, and the log-probability of each of
+    its tokens is shared out among ours by the characters they have in common. Raises ValueError, in one line.
+    """
+    if source.endswith('.pt'):
+        judge = unpack(load_checkpoint(source)['models']['model']).to(world.device).requires_grad_(False).eval()
+        if getattr(judge.config, 'd_normal_vocab', judge.config.d_vocab) != d_vocab:
+            raise ValueError(f'reference={source} is no model of {d_vocab} tokens')
+        if judge.config.block_size < prefix_len + text_len - 1:
+            raise ValueError(f'reference={source} reads {judge.config.block_size} tokens, too few')
+        return lambda prefix, text: text_log_probs(judge, prefix, text)
+    transformers = need('transformers', 'to load a reference model')
+    folder, _, file = source.rpartition('/') if source.endswith('.gguf') else (source, '', None)
+    more = {'gguf_file': file} if file else {}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder or '.', use_fast=True, **more)
+        judge = transformers.AutoModelForCausalLM.from_pretrained(folder or '.', dtype=torch.float32, **more)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f'no reference model at {source}: {str(error).strip().splitlines()[0]}') from error
+    judge.to(world.device).requires_grad_(False).eval()
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+    def log_probs(prefix, text):
+        pieces = [[decode(token) for token in row] for row in torch.cat([prefix, text], dim=1).tolist()]
+        theirs = tokenizer([''.join(row) for row in pieces], add_special_tokens=False, return_offsets_mapping=True)
+        longest = max(len(row) for row in theirs['input_ids'])
+        ids = torch.tensor([[start] + row + [start] * (longest - len(row)) for row in theirs['input_ids']])
+        ids = ids.to(world.device)                                                          # (N, 1 + longest)
+        log_p = judge(ids[:, :-1]).logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
+        shared = torch.stack([share_out(log_p[i, :len(spans)], spans, [len(piece) for piece in pieces[i]])
+                              for i, spans in enumerate(theirs['offset_mapping'])])
+        return shared[:, prefix.shape[1]:].to(world.device)
+    return log_probs
+
+
+def share_out(log_p, spans, lengths):
+    """
+    Numbers log_p (m,) of pieces of a text, spans (m,) of (start, end) in characters, for other pieces, of these lengths
+    (n,) in characters: each gets the share of the characters that it has in common. Returns (n,), of the same sum.
+    """
+    by_character = torch.zeros(sum(lengths))
+    done = 0        # some pieces are parts of one character: all have its span
+    for value, (begin, end) in zip(log_p.tolist(), spans):
+        begin = min(begin, max(0, len(by_character) - 1))
+        by_character[begin:max(end, begin + 1)] += value / max(1, end - begin)
+        done = max(done, end)
+    return torch.stack([part.sum() for part in by_character.split(lengths)])
+
+
+with user_errors():
+    judged = load_reference(reference)
+
+# ---- optimiser and run ----------------------------------------------------------------------------------------------
+
+optimizer = make_optimizer(model, learning_rate, weight_decay)
+run = Run(knobs, world, [optimizer])
+
+
+def save(step, file='ckpt.pt'):
+    run.save(step, {name: pack(each) for name, each in models.items()}, file)
+
+
+# ---- rewards --------------------------------------------------------------------------------------------------------
+
+def strip(tokens):
+    """The normal tokens (N, n) among those of rollouts (N, T), and the place (N, T) that each token leads to, 0..n."""
+    normal = tokens < d_vocab                                                               # (N, T)
+    place = normal.cumsum(1) - normal.long()        # thoughts go with the normal token behind them
+    return tokens[normal].view(len(tokens), text_len), place
+
+
+def repeats(text, n=4):
+    """For each token of texts (N, S), whether it completes n tokens that are in its text already: (N, S)."""
+    found = torch.zeros_like(text, dtype=torch.bool)
+    if text.shape[1] >= n:
+        grams = text.unfold(1, n, 1)                                                        # (N, S - n + 1, n)
+        same = (grams[:, :, None] == grams[:, None]).all(-1).tril(-1)
+        found[:, n - 1:] = same.any(-1)
+    return found
+
+
+def losses(prefix, real, noise, noise_real):
+    """The loss of prefixes (B, prefix_len) with rollouts by noise (N, longest), and what to log."""
+    tokens, mask = model.write(prefix, text_len, n_rollouts=G, noise=noise, **RULES, **SAMPLING)
+    many = prefix.repeat_interleave(G, dim=0)
+    text, place = strip(tokens)                                                             # (N, n), (N, T)
+    log_pi, entropy = model.written_log_probs(many, tokens, **RULES)                        # (N, T)
+    with torch.no_grad():
+        log_p = judged(many, text)                                                          # (N, n)
+        normal = tokens < d_vocab
+        kl = log_pi[normal].view(text.shape) - text_log_probs(models['start'], many, text)
+        again = repeats(torch.cat([many, text], dim=1))[:, prefix_len:]
+        n_thoughts = torch.zeros_like(log_p).scatter_add(
+            1, place.clamp(max=text_len - 1), ((tokens >= d_vocab) & (tokens < config.end_thought) & mask).float())
+        rewards = log_p - kl_weight * kl - repeat_cost * again - think_cost * n_thoughts
+        returns = (rewards @ powers).view(len(prefix), G, text_len)                         # paid for what follows
+        rows = returns.transpose(1, 2).flatten(0, 1)                                        # (B n, G)
+        weights = advantages(rows, advantage, tau).view(len(prefix), text_len, G).transpose(1, 2).flatten(0, 1)
+        weights = weights.gather(1, place.clamp(max=text_len - 1)) * mask                   # (N, T)
+    loss = -(weights * log_pi.masked_fill(~mask, 0.)).sum() / (len(prefix) * text_len)
+    bonus = entropy.masked_fill(~mask, 0.).sum() / mask.sum()
+    loss = loss - entropy_weight * bonus
+    logged = {'reward': log_p.mean(), 'kl': kl.mean(), 'entropy': bonus.detach(), 'repeats': again.float().mean(),
+              'thoughts': n_thoughts.mean(), 'reward_std_in_group': rows.std(1, correction=0).mean()}
+    if supervised_weight:
+        tokens, mask = model.write(prefix, text_len, noise=noise_real, text=real, **RULES)
+        log_pi, _ = model.written_log_probs(prefix, tokens, **RULES)
+        supervised = -log_pi[(tokens < d_vocab) & mask].mean()
+        loss, logged['supervised_loss'] = loss + supervised_weight * supervised, supervised.detach()
+    return loss, logged
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+def distinct(text, n=4):
+    """Share of different ones among all runs of n tokens in texts (N, S)."""
+    grams = text.unfold(1, n, 1).flatten(0, 1)
+    return len(grams.unique(dim=0)) / len(grams)
+
+
+def describe(prefix, text):
+    """What texts (N, n) after prefixes are like: perplexity by the reference model, share of different runs of four
+    tokens, share of tokens that complete eight tokens once more."""
+    return {'perplexity': judged(prefix, text).mean().neg().exp().item(), 'distinct_4': distinct(text),
+            'repeated_8': repeats(text, 8).float().mean().item()}
+
+
+@torch.no_grad()
+def test():
+    """What continuations of prefixes from val are like, by name: real ones, own, and with thoughts replaced."""
+    starts = torch.linspace(0, len(val_set) - prefix_len - text_len, eval_prefixes).long()
+    prefix, real = cut(val_set, starts)
+    generator = torch.Generator(world.device).manual_seed(seed)
+    noise = torch.rand(len(prefix), longest, generator=generator, device=world.device)
+    tokens, _ = model.write(prefix, text_len, noise=noise, **RULES)
+    found = {'real': describe(prefix, real), 'own': describe(prefix, strip(tokens)[0])}
+    pool = tokens[(tokens >= d_vocab) & (tokens < config.end_thought)]
+    if len(pool):
+        draw_from = torch.rand(noise.shape, generator=generator, device=world.device)
+        swaps = {'shuffled': pool[(draw_from * len(pool)).long()],
+                 'random': thought_tokens.start + (draw_from * len(thought_tokens)).long(),
+                 'constant': pool.mode().values.expand(noise.shape)}
+        for name, thoughts in swaps.items():
+            found[name] = describe(prefix, strip(model.write(prefix, text_len, noise=noise, thoughts=thoughts,
+                                                             **RULES)[0])[0])
+    if think_len:
+        found['none'] = describe(prefix, strip(model.write(prefix, text_len, 0, noise=noise[:, :text_len])[0])[0])
+    return found, torch.cat([prefix, tokens], dim=1)
+
+
+def evaluate(step):
+    """Report on val, show a continuation, keep the best checkpoint. Returns what test found."""
+    found, tokens = test()
+    run.report(step, **{f'{key}_{name}': value for name, numbers in found.items() if name != 'own'
+                        for key, value in numbers.items()}, **found['own'])
+    for row in tokens[:3]:
+        run.sample(show_tokens(row, config, decode, ''))
+    if -found['own']['perplexity'] > run.best:
+        run.best = -found['own']['perplexity']
+        save(step, 'best.pt')
+    return found
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+n_steps = run.first_step
+for step in run.steps(run.first_step, run.first_step if eval_only else max_steps):
+    if step % eval_every == 0:
+        save(step)
+        evaluate(step)
+    schedule(optimizer, learning_rate, step, max_steps, warmup_steps, cosine=True)
+    prefix, real = draw(step)
+    noise = world.draw(torch.rand, batch_size, G, longest).flatten(0, 1)                    # (N, longest)
+    noise_real = world.draw(torch.rand, batch_size, longest)
+    with world.autocast:
+        loss, logged = losses(prefix, real, noise, noise_real)
+    loss.backward()
+    world.mean_gradients(model.parameters())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or torch.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    n_steps = step + 1
+    if step % log_every == 0:
+        run.log(step, **{name: value.item() for name, value in logged.items()}, gradient_norm=norm.item())
+
+# ---- the last line --------------------------------------------------------------------------------------------------
+
+save(n_steps)
+found = evaluate(n_steps)
+run.finish(steps=n_steps, **found['own'], real=found['real'],
+           ablation={name: numbers['perplexity'] for name, numbers in found.items() if name != 'real'})
