@@ -141,6 +141,7 @@ ON_ROWS = {     # what goes on from straight
     'straight-on': (ON, 'straight, and on by gradient'),
     'paid': (f'--thought=token --temperature=1 {ON}', 'straight, and on by reward'),
     'unpaid': (f'--thought=token --temperature=1 --policy_weight=0 {ON}', 'straight, and on without training thoughts'),
+    'unpaid-1': (f'--thought=token --temperature=1 --policy_weight=0 --group_size=1 {ON}', 'the same, one rollout'),
 }
 THINKING = {    # row: (knobs, what it shows)
     'add': ('', 'the main case'),
@@ -294,7 +295,7 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
 COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING, 'code': '', 'capacity': '',
           'dealt': DEALT, 'paid': PAID, **dict.fromkeys(('thinking', 'needs', 'buys'), ''), 's5': S5,
           'free': FREE, 'text': '', **{suite: common for suite, (_, common, _) in TEXTS.items()}}     # of all rows
-STARTS = {row: 'straight' for row in ON_ROWS}       # row: the row whose checkpoint of the same seed it goes on from
+STARTS = {('novels', row): 'straight' for row in ON_ROWS}    # the row whose checkpoint of the same seed they go on from
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
 turn = itertools.count()         # of GPUs
@@ -322,10 +323,10 @@ def learn(suite, row, seed):
     the step and the seconds at which all answers were.
     """
     more = []
-    if row in STARTS:
-        if STARTS[row] in running:
-            running[STARTS[row]][seed].result()
-        more = [f'--init_from={ROOT}/out/bench/{suite}-{STARTS[row]}/{seed}/ckpt.pt']
+    if start := STARTS.get((suite, row)):
+        if start in running:
+            running[start][seed].result()
+        more = [f'--init_from=out/bench/{suite}-{start}/{seed}/ckpt.pt']
     folder, result = run(suite, row, seed, seed, *more)
     log = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     if 'val_loss' in result:
@@ -389,6 +390,10 @@ def measure(suite, rows):
             device, script, arguments, _ = SUITES[suite][row]
             result = {'command': f'python {script}.py {arguments}'.strip(), 'hardware': device_name(device),
                       'torch': torch.__version__, 'commit': commit, 'parallel': parallel}
+            if device == 'cuda' and torch.cuda.device_count() > 1:
+                result['hardware'] = f'{torch.cuda.device_count()} {result["hardware"]}'
+            if start := STARTS.get((suite, row)):
+                result['command'] += f' --init_from=out/bench/{suite}-{start}/<seed>/ckpt.pt'
             try:
                 result['runs'] = [future.result() for future in running[row]]
             except ChildProcessError as error:
@@ -445,11 +450,12 @@ def columns(suite, runs):
                 'step of .99': f'{spread(reached, 0)}, {len(reached)} of {len(runs)}' if reached else 'never',
                 'seconds': spread([run['seconds'] for run in runs], 0)}
     if suite in ('text', *TEXTS):
-        kinds = [kind for kind in ('shuffled', 'random', 'constant', 'none') if kind in runs[0]['above_own']]
+        kinds = ('shuffled', 'random', 'constant', 'none') if runs[0]['above_own'] else ()
         return {'val loss': spread([run['val_loss'] for run in runs], 4),
                 **({'its best': spread([run['best_val_loss'] for run in runs], 4)} if suite == 'text' else {}),
                 'more with thoughts that are shuffled / random / constant / none': ' / '.join(
-                    f'{mean(run["above_own"][kind][0] for run in runs):.4f}' for kind in kinds),
+                    f'{mean(run["above_own"][kind][0] for run in runs):.4f}' if kind in runs[0]['above_own'] else '–'
+                    for kind in kinds),
                 'seconds': spread([run['seconds'] for run in runs], 0)}
     said = {'training': spread([run['accuracy'] for run in runs], 4),
             'held out': spread([run['heldout_accuracy'] for run in runs], 4)}
@@ -512,7 +518,8 @@ if suite != 'tables':
         if row not in SUITES[suite]:
             fail(f'--only={row} must be one of {", ".join(SUITES[suite])}')
     here = 'cuda' if torch.cuda.is_available() else 'cpu'
-    rows = only.split(',') if only else [row for row, (device, *_) in SUITES[suite].items() if device == here]
+    rows = [row for row, (device, *_) in SUITES[suite].items()
+            if (row in only.split(',') if only else device == here)]
     if here == 'cpu' and (wrong := [row for row in rows if SUITES[suite][row][0] == 'cuda']):
         fail(f'{", ".join(wrong)} of the {suite} suite must be measured on a GPU')
     if not rows:

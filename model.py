@@ -86,6 +86,8 @@ class ThinkingModelConfig(ModelConfig):
         if self.d_normal_vocab < 1 or self.d_thought_vocab < 1:
             raise ValueError('d_normal_vocab and d_thought_vocab must be at least 1')
         self.d_vocab = self.d_normal_vocab + self.d_thought_vocab + 1
+        if isinstance(self.gate, bool):     # in older checkpoints
+            self.gate = 0. if self.gate else None
         super().__post_init__()
 
     def _range(self, kind):
@@ -184,7 +186,7 @@ def attention(q, k, v, bias=None, visible=None, dropout=0.):
     if q.is_cuda:       # which multiplies thousands of tiny matrices faster number by number
         scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) * q.shape[-1] ** -.5 + mask             # (B, H, Sq, Sk)
         return (F.dropout(scores.softmax(-1), dropout)[..., None] * v[:, :, None]).sum(3).to(v.dtype)
-    return F.dropout((q @ k.transpose(-2, -1) * q.shape[-1] ** -.5 + mask).softmax(-1), dropout) @ v    # as above
+    return F.dropout((q @ k.transpose(-2, -1) * q.shape[-1] ** -.5 + mask).softmax(-1), dropout) @ v    # likewise
 
 
 def turns(positions, d_head):
@@ -221,7 +223,9 @@ class Attention(nn.Module):
             q, k = turn(q, *places), turn(k, *places)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        bias = 8 * self.relative(places).permute(2, 0, 1) if self.config.positions == 'relative' else None
+        bias = None
+        if self.config.positions == 'relative':
+            bias = 8 * self.relative(places).permute(2, 0, 1)                                              # (H, Sq, Sk)
         dropout = self.config.dropout if self.training else 0.
         return self.c_proj(attention(q, k, v, bias, visible, dropout).transpose(1, 2).reshape(B, S, d_model))
 
@@ -633,9 +637,10 @@ class GPT2Thinking(GPT2):
     def think_everywhere(self, tokens, noise, *, thought='token', readers='own', fixed=True, at_once=1, given=None,
                          **how):
         """
-        Thoughts at every position of text at once: one pass over S positions for each of T thoughts. The thoughts of a
-        position follow on its token, as if the text behind it were not there; it sees the text up to itself and its own
-        thoughts (a diagonal of the mask for each, as in Quiet-STaR, Zelikman et al. 2024).
+        Thoughts at every position of text at once: one pass over S positions for each of T thoughts, or for those that
+        are written at once. The thoughts of a position follow on its token, as if the text behind it were not there; it
+        sees the text up to itself and its own thoughts (a diagonal of the mask for each, as in Quiet-STaR, Zelikman et
+        al. 2024).
 
         tokens: (B, S), S + T at most block_size. noise: (N, S, T), see utils.sample; N / B rollouts of each row.
         thought: 'token' | 'straight_through', tokens whose gradient is that of their probabilities | 'continuous', the
@@ -678,7 +683,7 @@ class GPT2Thinking(GPT2):
             entropy = -(log_p.exp() * log_p).sum(-1)
             written.append((token, torch.where(alive, log_prob, 0.), torch.where(alive, entropy, 0.)))
             if thought == 'continuous':
-                x = state + self.embed(first)           # of the first thought token, so that it is not taken for text
+                x = state + self.embed(first[:1])       # of the first thought token, so that it is not taken for text
             else:
                 x = self.embed(token).sum(2) * at_once ** -.5
             if thought == 'straight_through':

@@ -11,7 +11,7 @@ log p(the next token), compared with other thoughts of the same position, so tha
     python supervised_rollout_think.py
     python supervised_rollout_think.py --think_len=0                              # the baseline: a GPT
     python supervised_rollout_think.py --thoughts=filler                          # a control: the same thoughts always
-    python supervised_rollout_think.py --thought=continuous --gate=none           # an upper bound: not tokens at all
+    python supervised_rollout_think.py --thought=continuous --gate=none --think_len=1 --at_once=1       # no tokens
     python supervised_rollout_think.py --thought=token --temperature=1            # by reward
     python supervised_rollout_think.py --gate=learned --init_from=out/supervised_rollout_think/think_len=0/ckpt.pt
     torchrun --standalone --nproc_per_node=2 supervised_rollout_think.py
@@ -61,11 +61,11 @@ think_len = 8                   # T: thoughts before each token; 0: none, ordina
 at_once = 8                     # of these written and read in one pass, each with its own part of the thought tokens
 fixed = True                    # always T thoughts; False: up to T, end_thought ends them
 think_cost = .01                # what a thought costs if their number is not fixed, nats
-group_size = 4                  # G: rollouts of a position
+group_size = 4                  # G: rollouts of a position, with thought = 'token'
 gate = 'open'                   # 'learned' | 'open' | 'none' | 'closed': the answer is what is seen without thoughts
                                 # plus a share, 0 | 1 at first, of what is seen with them | the latter | the former
 plain_weight = 0.               # weight of predicting without thoughts too
-policy_weight = 1.              # weight of the policy gradient; 0: thoughts are not trained
+policy_weight = 1.              # weight of the policy gradient, with thought = 'token'; 0: they are not trained
 baseline = 'group'              # 'group' | 'no_think': mean of the position's group, or a lagged copy without thoughts
 advantage = 'dr_grpo'           # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best': with baseline group
 tau = 1.                        # temperature of softmax
@@ -73,7 +73,7 @@ gamma = 0.                      # thoughts are paid for the tokens after the nex
 spread = 3.                     # size of the embeddings of thoughts at first, those of text are 1: how certain they are
 temperature = 0.                # of thoughts in training; 1 is what the policy gradient is of, 0 the most likely ones
 epsilon = 0.                    # share of thoughts that are drawn at random
-entropy_weight = .01            # of a bonus for the entropy of thoughts, falls to zero
+entropy_weight = .01            # of a bonus for the entropy of thoughts that are paid, falls to zero
 eval_every = 250                # steps between evaluations, each with a checkpoint and samples
 eval_sequences = 400            # sequences per evaluation, evenly from all of val
 log_every = 10                  # steps between lines of metrics.jsonl
@@ -97,11 +97,14 @@ if learns and group_size < 2 and baseline == 'group':
 if learns and not temperature:
     fail('the rollouts of a group would all be the most likely one: --temperature=1')
 if not fixed and (thoughts != 'own' or thought != 'token'):
-    fail(f'thoughts={thoughts}, thought={thought} have no end to choose: --fixed=True')
+    fail(f'thoughts={thoughts}, thought={thought} have no end to choose: --fixed=True, or --thought=token')
 if positions == 'last' and (gate != 'none' or readers == 'later' or thought != 'token' or at_once > 1 or not think_len):
-    fail('positions=last is for single tokens that their position reads: --gate=none --readers=own --thought=token')
-if think_len % at_once or d_thought_vocab % at_once or at_once > 1 and not fixed:
-    fail(f'at_once={at_once} must divide think_len={think_len} and d_thought_vocab={d_thought_vocab}; --fixed=True')
+    fail('positions=last is for single tokens that their position reads: --gate=none --readers=own --thought=token '
+         '--temperature=1 --at_once=1')
+if at_once > 1 and (thought == 'continuous' or not fixed):
+    fail('states are read, and thoughts ended, one at a time: --at_once=1')
+if think_len % at_once or d_thought_vocab % at_once:
+    fail(f'at_once={at_once} must divide think_len={think_len} and d_thought_vocab={d_thought_vocab}')
 if init == 'unit' and dropout:
     fail('init=unit is for small models: --dropout=0')
 world = World(knobs)
@@ -157,7 +160,7 @@ if reference:
 normal_tokens = range(d_vocab)
 thought_tokens = range(d_vocab, d_vocab + d_thought_vocab)
 SAMPLING = {'temperature': temperature, 'epsilon': epsilon}
-G = group_size if think_len and (learns or thoughts == 'random') else 1
+G = group_size if think_len and (thinks and thought == 'token' or thoughts == 'random') else 1
 powers = torch.arange(text_len, device=world.device)
 powers = torch.where(powers[:, None] >= powers, gamma ** (powers[:, None] - powers).clamp(min=0.), 0.)    # (S, S)
 
@@ -309,7 +312,7 @@ def write(n=200):
         x = x[:, -text_len:]
         noise = torch.rand(*x.shape, think_len + 1, generator=world.generator, device=world.device)
         if think_len:
-            tokens, *_, states = think(x, noise[..., 1:])
+            tokens, *_, states = think(x, noise[..., 1:], temperature=temperature)
             shown += tokens[0, -1].tolist() if thinks else []
         else:
             states = model.hidden(x)
@@ -356,7 +359,7 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
         speed = (step + 1 - begun) * batch_size * text_len / max(1e-6, now - since)         # tokens of text per second
         numbers['tokens_per_second'] = speed
         if peak:
-            numbers['mfu'] = speed * (1 + G * think_len) * flops / peak / world.size
+            numbers['mfu'] = speed * (1 + G * think_len // at_once) * flops / peak / world.size
         begun, since = step + 1, now
         run.log(step, **numbers)
 

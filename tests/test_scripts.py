@@ -656,6 +656,7 @@ def test_bad_input_of_one_script(run_here, tmp_path):
             '--data=nowhere': 'no data in nowhere, see python prepare_data.py --help', '--group_size=1': 'at least 2',
             '--fixed=False --thought=continuous': 'have no end to choose', '--accumulate=3': 'does not divide the 8',
             '--temperature=0': 'would all be the most likely',
+            '--thought=continuous --think_len=2 --at_once=2 --d_thought_vocab=6': 'one at a time: --at_once=1',
             '--positions=last': 'is for single tokens that their position', '--text_len=900': 'a smaller --text',
             '--at_once=2': 'must divide think_len=1', '--at_once=0': 'must be between 1',
             '--init=unit --dropout=.1': 'is for small models', '--reference=nowhere.pt': 'nowhere.pt is not there',
