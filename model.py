@@ -576,9 +576,11 @@ class GPT2Thinking(GPT2):
               thoughts=None, use_cache=True, **how):
         """
         Continue prompts (B, S) until n_new normal tokens are written, with thoughts between them, see allowed; rows
-        that are done before others are filled up with end_thought. noise: (N, n_new (think_len + 1 + close)), as in
-        generate, as are n_rollouts, use_cache and how. text: (N, n_new), normal tokens to write in place of sampled
-        ones, with own thoughts; thoughts: (N, n_new (think_len + 1 + close)), the same for thoughts. Returns tokens (N, T) and mask (N, T) of what was written.
+        that are done before others are filled up with end_thought.
+
+        noise: (N, n_new (think_len + 1 + close)), as in generate, as are n_rollouts, use_cache and how. text: (N,
+        n_new), normal tokens to write in place of sampled ones. thoughts: shaped as noise, the same for thoughts.
+        Returns tokens (N, T) and mask (N, T) of what was written.
         """
         (B, S), N, config = prompt.shape, len(prompt) * n_rollouts, self.config
         longest = n_new * (think_len + 1 + close * (think_len > 0))

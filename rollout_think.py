@@ -3,27 +3,28 @@ Text: whole rollouts. The model goes on from a real text, with thoughts where it
 
     a real text   ->   normal tokens and thoughts, mixed   ->   thoughts stripped   ->   log p by a reference model
 
-Every normal token is paid what a frozen reference model thinks of it, the thoughts stripped; its reward flows back to the
-tokens and thoughts before it, gamma times less for each normal token between. G rollouts go on from the same text, and
-are compared with each other at the same normal token. A model without thoughts, trained by the same, is the control.
+Every normal token is paid what a frozen reference model thinks of it, the thoughts stripped. Its reward flows back to
+the tokens and thoughts before it, gamma times less for each normal token between. G rollouts go on from the same text,
+and are compared with each other at the same normal token. The same without thoughts is the control.
 
     python supervised_rollout_think.py --think_len=0                                    # a model to start from
     python rollout_think.py --init_from=out/supervised_rollout_think/think_len=0/ckpt.pt --reference=<a better one>.pt
     python rollout_think.py --init_from=... --reference=... --think_len=0               # the control
     torchrun --standalone --nproc_per_node=2 rollout_think.py --init_from=... --reference=...
 
-Each step: B prefixes from the text, G continuations of each, and the policy gradient (Williams 1992) with the mean of the
-group as baseline (Dr. GRPO, Liu et al. 2025). There is no clipping of ratios, as each rollout is used once. A reference
-likes to be told what it expects, again and again: KL to the starting model, a price for repetition, and the entropy of
-what is written are there to prevent that. What is real can be mixed in (supervised_weight), with own thoughts before it.
+Each step: B prefixes from the text, G continuations of each, and the policy gradient (Williams 1992) with the mean of
+the group as baseline (Dr. GRPO, Liu et al. 2025). There is no clipping of ratios, as each rollout is used once. A
+reference likes to be told what it expects, again and again: KL to the starting model, a price for repetition, and the
+entropy of what is written are there to prevent that. What is real can be mixed in (supervised_weight), with own
+thoughts before it.
 """
 import copy
+import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig, make_model, pack, unpack
+from model import GPT2, GPT2Thinking, ModelConfig, make_model, pack, unpack
 from utils import (Run, World, advantages, fail, load_checkpoint, load_text, make_optimizer, need, read_knobs, schedule,
                    show_tokens, user_errors)
 
@@ -51,7 +52,7 @@ close = False                   # end_thought must close thoughts before the nex
 spread = 1.                     # size of the embeddings of thoughts at first, those of text are 1
 advantage = 'dr_grpo'           # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best'
 tau = 1.                        # temperature of softmax
-gamma = .9                      # a token is paid for the normal ones after the next, too, each gamma times the one before
+gamma = .9                      # tokens are paid for normal ones behind the next, too, each gamma times the one before
 think_cost = 0.                 # what a thought costs, nats
 repeat_cost = 1.                # what a normal token costs that completes four that are in its text already, nats
 kl_weight = .1                  # of log p(normal token) over what the starting model gives it, taken from its reward
@@ -140,8 +141,8 @@ def text_log_probs(judge, prefix, text):
 def load_reference(source):
     """
     A function from prefix (N, S) and text (N, n) to log-probabilities (N, n), by our own checkpoint of the same tokens,
-    or by a model of transformers with tokens of its own: the text is tokenised again, and the log-probability of each of
-    its tokens is shared out among ours by the characters they have in common. Raises ValueError, in one line.
+    or by a model of transformers with tokens of its own: the text is tokenised again, and the log-probability of each
+    of its tokens is shared out among ours by the characters they have in common. Raises ValueError, in one line.
     """
     if source.endswith('.pt'):
         judge = unpack(load_checkpoint(source)['models']['model']).to(world.device).requires_grad_(False).eval()
@@ -179,12 +180,11 @@ def share_out(log_p, spans, lengths):
     Numbers log_p (m,) of pieces of a text, spans (m,) of (start, end) in characters, for other pieces, of these lengths
     (n,) in characters: each gets the share of the characters that it has in common. Returns (n,), of the same sum.
     """
-    by_character = torch.zeros(sum(lengths))
-    done = 0        # some pieces are parts of one character: all have its span
-    for value, (begin, end) in zip(log_p.tolist(), spans):
-        begin = min(begin, max(0, len(by_character) - 1))
-        by_character[begin:max(end, begin + 1)] += value / max(1, end - begin)
-        done = max(done, end)
+    by_character = log_p.new_zeros(sum(lengths))
+    for value, (begin, end) in zip(log_p, spans):
+        begin = min(begin, len(by_character) - 1)       # a piece without characters goes with the one behind it
+        end = max(end, begin + 1)
+        by_character[begin:end] += value / (end - begin)
     return torch.stack([part.sum() for part in by_character.split(lengths)])
 
 
@@ -204,9 +204,9 @@ def save(step, file='ckpt.pt'):
 # ---- rewards --------------------------------------------------------------------------------------------------------
 
 def strip(tokens):
-    """The normal tokens (N, n) among those of rollouts (N, T), and the place (N, T) that each token leads to, 0..n."""
+    """The normal tokens (N, n) among those of rollouts (N, T), and which of them (N, T) each token is, or leads to."""
     normal = tokens < d_vocab                                                               # (N, T)
-    place = normal.cumsum(1) - normal.long()        # thoughts go with the normal token behind them
+    place = (normal.cumsum(1) - normal.long()).clamp(max=text_len - 1)
     return tokens[normal].view(len(tokens), text_len), place
 
 
@@ -232,12 +232,12 @@ def losses(prefix, real, noise, noise_real):
         kl = log_pi[normal].view(text.shape) - text_log_probs(models['start'], many, text)
         again = repeats(torch.cat([many, text], dim=1))[:, prefix_len:]
         n_thoughts = torch.zeros_like(log_p).scatter_add(
-            1, place.clamp(max=text_len - 1), ((tokens >= d_vocab) & (tokens < config.end_thought) & mask).float())
+            1, place, ((tokens >= d_vocab) & (tokens < config.end_thought) & mask).float())
         rewards = log_p - kl_weight * kl - repeat_cost * again - think_cost * n_thoughts
         returns = (rewards @ powers).view(len(prefix), G, text_len)                         # paid for what follows
         rows = returns.transpose(1, 2).flatten(0, 1)                                        # (B n, G)
         weights = advantages(rows, advantage, tau).view(len(prefix), text_len, G).transpose(1, 2).flatten(0, 1)
-        weights = weights.gather(1, place.clamp(max=text_len - 1)) * mask                   # (N, T)
+        weights = weights.gather(1, place) * mask                   # (N, T)
     loss = -(weights * log_pi.masked_fill(~mask, 0.)).sum() / (len(prefix) * text_len)
     bonus = entropy.masked_fill(~mask, 0.).sum() / mask.sum()
     loss = loss - entropy_weight * bonus
@@ -260,9 +260,12 @@ def distinct(text, n=4):
 
 
 def describe(prefix, text):
-    """What texts (N, n) after prefixes are like: perplexity by the reference model, share of different runs of four
-    tokens, share of tokens that complete eight tokens once more."""
-    return {'perplexity': judged(prefix, text).mean().neg().exp().item(), 'distinct_4': distinct(text),
+    """
+    What texts (N, n) after prefixes are like: loss by the reference model, nats per token, and the same as perplexity;
+    share of different ones among all runs of four tokens; share of tokens that complete eight tokens once more.
+    """
+    loss = -judged(prefix, text).mean().item()
+    return {'val_loss': loss, 'perplexity': math.exp(loss), 'distinct_4': distinct(text),
             'repeated_8': repeats(text, 8).float().mean().item()}
 
 
@@ -292,12 +295,12 @@ def test():
 def evaluate(step):
     """Report on val, show a continuation, keep the best checkpoint. Returns what test found."""
     found, tokens = test()
-    run.report(step, **{f'{key}_{name}': value for name, numbers in found.items() if name != 'own'
-                        for key, value in numbers.items()}, **found['own'])
+    run.report(step, **{f'val_loss_{name}': numbers['val_loss'] for name, numbers in found.items() if name != 'own'},
+               **found['own'])
     for row in tokens[:3]:
         run.sample(show_tokens(row, config, decode, ''))
-    if -found['own']['perplexity'] > run.best:
-        run.best = -found['own']['perplexity']
+    if -found['own']['val_loss'] > run.best:
+        run.best = -found['own']['val_loss']
         save(step, 'best.pt')
     return found
 
@@ -329,4 +332,4 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
 save(n_steps)
 found = evaluate(n_steps)
 run.finish(steps=n_steps, **found['own'], real=found['real'],
-           ablation={name: numbers['perplexity'] for name, numbers in found.items() if name != 'real'})
+           ablation={name: numbers['val_loss'] for name, numbers in found.items() if name != 'real'})

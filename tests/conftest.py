@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from model import GPT2, ModelConfig, pack
+
 torch.set_num_threads(1)    # tiny models are faster so
 ROOT = Path(__file__).parent.parent
 TEXT = tempfile.TemporaryDirectory()     # data as prepare_data.py makes it: 40 words again and again, 14 characters
@@ -27,7 +29,11 @@ TINY = {'add_think_blind': ['--input_max=7', '--d_thought_vocab=7', '--think_len
                                      '--n_head=2', '--d_model=16', '--d_thought_vocab=5', '--warmup_steps=2',
                                      '--max_steps=6', '--eval_every=3', '--log_every=1', '--eval_sequences=10',
                                      '--device=cpu', '--thought=token', '--readers=own', '--think_len=1', '--at_once=1',
-                                     '--spread=1', '--temperature=1', '--gate=learned']}
+                                     '--spread=1', '--temperature=1', '--gate=learned'],
+        'rollout_think': [f'--data={TEXT.name}', f'--reference={TEXT.name}/judge.pt', '--prefix_len=5', '--text_len=6',
+                          '--batch_size=4', '--group_size=4', '--n_layer=1', '--n_head=2', '--d_model=16',
+                          '--d_thought_vocab=5', '--warmup_steps=2', '--max_steps=6', '--eval_every=3',
+                          '--eval_prefixes=10', '--device=cpu']}
 
 
 def make_text(folder):
@@ -42,6 +48,10 @@ def make_text(folder):
 
 
 make_text(TEXT.name)
+torch.manual_seed(0)
+JUDGE = GPT2(ModelConfig(d_vocab=14, block_size=16, n_layer=1, n_head=2, d_model=16))
+torch.save(dict.fromkeys(('knobs', 'step', 'best', 'seconds', 'written', 'optimizers', 'generator'), {}) | {
+    'script': 'judge', 'models': {'model': pack(JUDGE)}}, f'{TEXT.name}/judge.pt')
 
 
 def start(script, *arguments, launcher=(sys.executable,), env=()):

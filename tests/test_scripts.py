@@ -23,7 +23,7 @@ THINKING = [script for script in SCRIPTS if script != 'add_normal']
 TWO_POLICIES = ['add_think_blind', 'autoencoder_think']
 # what the best checkpoint is best in; an arbitrary code has nothing that could be held out
 SCORE = {script: 'heldout_accuracy' if script.startswith('add') else 'accuracy' for script in SCRIPTS}
-SCORE['supervised_rollout_think'] = 'val_loss'
+SCORE['supervised_rollout_think'] = SCORE['rollout_think'] = 'val_loss'
 VARIANTS = {    # of scripts: what else must be resumed, and shared by processes
     'sampled': ['add_think_blind', '--search=False', '--group_size=4', '--think_len=2'],
     'reinforce': ['add_think_blind', '--search=False', '--advantage=reinforce', '--group_size=4', '--epsilon=.3',
@@ -41,6 +41,8 @@ VARIANTS = {    # of scripts: what else must be resumed, and shared by processes
     'text, straight through': ['supervised_rollout_think', '--thought=straight_through', '--readers=later',
                                '--plain_weight=.5', '--gate=open', '--think_len=4', '--at_once=4',
                                '--d_thought_vocab=8', '--temperature=0'],
+    'rollouts': ['rollout_think', '--fixed=True', '--think_len=2', '--close=True', '--supervised_weight=.5',
+                 '--top_k=9'],
     'code by sinkhorn': ['autoencoder_think', '--method=sinkhorn'],
     'code by gumbel': ['autoencoder_think', '--method=gumbel', '--tau=.5'],
 }

@@ -1,0 +1,203 @@
+"""rollout_think.py: text with thoughts inside, what it is paid, and other models that judge it."""
+import itertools
+import runpy
+import sys
+
+import pytest
+import torch
+from conftest import JUDGE, ROOT, TINY, metrics
+
+from model import GPT2Thinking, ThinkingModelConfig
+
+SCRIPT = 'rollout_think'
+WAYS = list(itertools.product((True, False), (False, True), (0, 1, 3)))     # fixed, close, think_len
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """The script's names after it has run with more knobs, but trained and written nothing."""
+    def script(*more):
+        monkeypatch.setattr(sys, 'argv', [f'{SCRIPT}.py', *TINY[SCRIPT], '--eval_only=True', f'--out_dir={tmp_path}/e',
+                                          *more])
+        return runpy.run_path(str(ROOT / f'{SCRIPT}.py'))
+    return script
+
+
+def tiny():
+    torch.manual_seed(0)
+    return GPT2Thinking(ThinkingModelConfig(d_normal_vocab=7, d_thought_vocab=3, block_size=64, n_layer=2, n_head=2,
+                                            d_model=16, tie_weights=False, init='unit'))
+
+
+@pytest.mark.parametrize('fixed, close, think_len', WAYS)
+def test_text_with_thoughts_inside_keeps_the_rules(fixed, close, think_len):
+    model, prompt = tiny(), torch.randint(7, (3, 4))
+    noise = torch.rand(12, 6 * (think_len + 1 + (close and think_len > 0)))
+    how = {'fixed': fixed, 'close': close, 'n_rollouts': 4, 'noise': noise}
+    tokens, mask = model.write(prompt, 6, think_len, **how)
+    slow, slow_mask = model.write(prompt, 6, think_len, use_cache=False, **how)
+    assert torch.equal(tokens, slow) and torch.equal(mask, slow_mask)
+    lengths = set()
+    for row, written in zip(tokens, mask):
+        assert (row[~written] == 10).all()
+        words = ''.join('n' if token < 7 else 't' if token < 10 else 'e' for token in row[written].tolist())
+        assert words.count('n') == 6 and words[-1] == 'n'
+        for thoughts in words[:-1].split('n'):
+            lengths.add(len(thoughts.rstrip('e')))
+            assert thoughts.count('e') == (close and thoughts != '') and thoughts[:-1].count('e') == 0
+    assert lengths <= set(range(think_len + 1)) and (not fixed or lengths == {think_len})
+    assert len(lengths) > 1 or fixed or not think_len
+
+    # what is given is written: text with own thoughts, thoughts with own text
+    text = torch.randint(7, (12, 6))
+    forced, _ = model.write(prompt, 6, think_len, text=text, **how)
+    assert torch.equal(forced[forced < 7].view(12, 6), text)
+    swapped, _ = model.write(prompt, 6, think_len, thoughts=torch.full(noise.shape, 8), **how)
+    assert set(swapped[(swapped >= 7) & (swapped < 10)].tolist()) <= {8}
+
+
+@pytest.mark.parametrize('fixed, close, think_len', WAYS)
+def test_what_is_written_has_the_probability_that_it_is_read_with(fixed, close, think_len):
+    """One token after another, among those that may come next by the rules, written out here."""
+    model, prompt = tiny(), torch.randint(7, (5, 4))
+    tokens, mask = model.write(prompt, 4, think_len, fixed=fixed, close=close)
+    log_p, entropy = model.written_log_probs(prompt, tokens, think_len, fixed, close)
+    for n, row in enumerate(tokens.tolist()):
+        since, closed = 0, False
+        for t, token in enumerate(row):
+            if not mask[n, t]:
+                break
+            may = set()
+            if closed or since == think_len and not (close and think_len) or since == 0 and not fixed or (
+                    not fixed and not close):
+                may |= set(range(7))
+            if since < think_len and not closed:
+                may |= {7, 8, 9}
+            if close and 0 < since and not closed and (since == think_len or not fixed):
+                may |= {10}
+            logits = model(torch.cat([prompt[n], tokens[n, :t]])[None])[0, -1]
+            p = logits[sorted(may)].softmax(0)
+            assert log_p[n, t].item() == pytest.approx(p[sorted(may).index(token)].log().item(), abs=1e-4)
+            assert entropy[n, t].item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-4)
+            closed = token == 10
+            since = 0 if token < 7 else since + (token < 10)
+
+
+def test_growing_leaves_the_text_as_it_was():
+    torch.manual_seed(0)
+    grown = GPT2Thinking.from_normal(JUDGE, 5, block_size=30)
+    prompt, noise = torch.randint(14, (3, 5)), torch.rand(6, 6)
+    before = JUDGE.generate(prompt, 6, n_rollouts=2, noise=noise)
+    after, mask = grown.write(prompt, 6, 0, n_rollouts=2, noise=noise)
+    assert torch.equal(after, before.tokens) and mask.all()
+    torch.testing.assert_close(grown.written_log_probs(prompt.repeat_interleave(2, dim=0), after, 0)[0],
+                               before.log_probs, atol=1e-5, rtol=0)
+
+
+def test_rewards_flow_back_to_what_was_written_before(script):
+    names = script('--gamma=.5', '--kl_weight=0', '--entropy_weight=0', '--repeat_cost=2', '--think_cost=.3',
+                   '--think_len=2', '--group_size=3')
+    prefix, real = names['draw'](0)
+    noise = torch.rand(12, 18)
+    loss = names['losses'](prefix, real, noise, None)[0]
+    model, expected = names['model'], 0.
+    tokens, mask = model.write(prefix, 6, 2, fixed=False, n_rollouts=3, noise=noise)
+    log_pi, _ = model.written_log_probs(prefix.repeat_interleave(3, dim=0), tokens, 2, False)
+    returns, rows = torch.zeros(12, 6), []
+    for n, row in enumerate(tokens.tolist()):
+        row = [token for token, written in zip(row, mask[n]) if written]
+        rows.append(row)
+        whole = prefix[n // 3].tolist() + [token for token in row if token < 14]
+        log_p = JUDGE(torch.tensor([whole[:-1]]))[0].log_softmax(-1)
+        paid, thoughts = [], 0
+        for token in row:
+            thoughts += token >= 14
+            if token < 14:
+                at = 5 + len(paid)
+                seen = [whole[i:i + 4] for i in range(at - 3)]
+                paid.append(log_p[at - 1, token].item() - .3 * thoughts - 2 * (whole[at - 3:at + 1] in seen))
+                thoughts = 0
+        returns[n] = torch.tensor([sum(.5 ** (j - i) * paid[j] for j in range(i, 6)) for i in range(6)])
+    for n, row in enumerate(rows):
+        for t in range(len(row)):
+            i = sum(token < 14 for token in row[:t])
+            group = returns[n // 3 * 3:n // 3 * 3 + 3, i]
+            expected = expected - (returns[n, i] - group.mean()) / 3 * log_pi[n, t] / (4 * 6)
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_repeated_and_distinct_runs_of_tokens(script):
+    names = script()
+    text = torch.randint(3, (5, 30))
+    for n in (2, 4):
+        found, runs = names['repeats'](text, n), []
+        for row, again in zip(text.tolist(), found.tolist()):
+            seen = []
+            for end in range(len(row)):
+                gram = row[end - n + 1:end + 1] if end >= n - 1 else None
+                assert again[end] == (gram is not None and gram in seen)
+                seen += [gram] if gram else []
+            runs += map(tuple, seen)
+        assert names['distinct'](text, n) == len(set(runs)) / len(runs)
+    assert not names['repeats'](text[:, :3], 4).any()
+
+
+def test_log_probs_are_shared_out_by_characters(script):
+    share_out = script()['share_out']
+    log_p = torch.tensor([-1., -2., -3., -4.])
+    shared = share_out(log_p, [(0, 2), (2, 3), (3, 3), (3, 7)], [1, 2, 4])      # the third has no characters
+    torch.testing.assert_close(shared, torch.tensor([-.5, -2.5, -7.]))
+
+
+def test_a_llama_with_tokens_of_its_own_judges(script, tmp_path):
+    """Its tokens are pairs of characters, ours are characters: totals are the same."""
+    transformers = pytest.importorskip('transformers')
+    from tokenizers import Tokenizer, models
+    letters = [chr(i) for i in range(97, 123)] + [' ', '\n', '.']
+    vocab = {piece: i for i, piece in enumerate(['<s>', *letters, *(a + b for a in letters for b in letters)])}
+    theirs = Tokenizer(models.BPE(vocab, [(a, b) for a in letters for b in letters], unk_token='<s>'))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=theirs, bos_token='<s>')
+    tokenizer.save_pretrained(tmp_path / 'llama')
+    torch.manual_seed(0)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(vocab), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
+    llama.save_pretrained(tmp_path / 'llama')
+    names = script(f'--reference={tmp_path}/llama')
+    prefix, real = names['draw'](0)
+    shared = names['judged'](prefix[:, :0], torch.cat([prefix, real], dim=1))
+    for row, ours in zip(torch.cat([prefix, real], dim=1).tolist(), shared):
+        ids = [0, *tokenizer(''.join(map(names['decode'], row)), add_special_tokens=False)['input_ids']]
+        assert len(ids) < len(row)
+        log_p = llama(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        assert ours.sum().item() == pytest.approx(log_p.gather(1, torch.tensor(ids)[1:, None]).sum().item(), abs=1e-3)
+    assert torch.allclose(names['judged'](prefix, real), shared[:, 5:], atol=1e-4)
+
+
+def test_every_knob_of_rollouts_does_something(run_here, tmp_path):
+    def log(*more):
+        code, _, err = run_here(SCRIPT, f'--out_dir={tmp_path}/a', '--max_steps=3', *more)
+        assert code == 0, err
+        return metrics(tmp_path / 'a')
+    usual = log()
+    for knob in ('prefix_len=4', 'text_len=5', 'batch_size=2', 'group_size=3', 'learning_rate=1e-2', 'clip=.01',
+                 'warmup_steps=9', 'd_thought_vocab=4', 'think_len=2', 'think_len=0', 'fixed=True', 'close=True',
+                 'spread=9', 'advantage=grpo', 'gamma=0', 'think_cost=1', 'kl_weight=1',
+                 'entropy_weight=1', 'supervised_weight=1', 'temperature=2', 'top_k=3', 'top_p=.5', 'seed=1'):
+        assert log(f'--{knob}') != usual, knob
+    assert log('--text_len=11', '--top_k=2', '--repeat_cost=9') != log('--text_len=11', '--top_k=2')
+    assert log('--weight_decay=.5', '--learning_rate=1e-2') != log('--learning_rate=1e-2')
+    assert log('--advantage=softmax', '--tau=.1') != log('--advantage=softmax')
+
+
+def test_models_that_do_not_fit_are_refused(run_here, tmp_path):
+    out = f'--out_dir={tmp_path}/a'
+    code, text, err = run_here(SCRIPT, out, '--text_len=5', '--max_steps=1')
+    assert code == 0, err
+    start = [out, f'--init_from={tmp_path}/a/ckpt.pt', '--text_len=5', '--max_steps=1']
+    for more, message in ((['--text_len=9'], 'up to 18 written ones are more'), (['--group_size=1'], 'at least 2'),
+                          (['--reference=nowhere.pt'], 'nowhere.pt is not'), (['--reference='], 'must name a model'),
+                          ([f'--reference={tmp_path}/none/here'], 'no reference model at'),
+                          (['--init_from=scratch', '--text_len=13'], 'reads 16 tokens, too few'), (['--prefix_len=99999'], 'a smaller')):
+        code, _, err = run_here(SCRIPT, *start, *more)
+        assert code == 2 and message in err and err.count('\n') == 1, err
+    assert run_here(SCRIPT, *start)[0] == 0
