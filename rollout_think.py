@@ -14,11 +14,13 @@ and are compared with each other at the same normal token. The same without thou
 
 Each step: B prefixes from the text, G continuations of each, and the policy gradient (Williams 1992) with the mean of
 the group as baseline (Dr. GRPO, Liu et al. 2025). There is no clipping of ratios, as each rollout is used once. A
-reference likes to be told what it expects, again and again: KL to the starting model, a price for repetition, and the
-entropy of what is written are there to prevent that. What is real can be mixed in (supervised_weight), with own
-thoughts before it.
+reference likes to be told what it expects, again and again. So -log p of what is written is paid as well: with
+entropy_weight=1 reward and entropy make the KL divergence from the reference, and nothing is better than to write as it
+would; with less, than to write its likelier texts. KL to the starting model and a price for repetition are other ways.
+What is real can be mixed in (supervised_weight), with own thoughts before it.
 """
 import copy
+import html
 import math
 
 import numpy as np
@@ -26,7 +28,7 @@ import torch
 
 from model import GPT2, GPT2Thinking, ModelConfig, make_model, pack, unpack
 from utils import (Run, World, advantages, fail, load_checkpoint, load_text, make_optimizer, need, read_knobs, schedule,
-                   show_tokens, user_errors)
+                   show_tokens, user_errors, write_atomic)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -54,9 +56,9 @@ advantage = 'dr_grpo'           # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'bes
 tau = 1.                        # temperature of softmax
 gamma = .9                      # tokens are paid for normal ones behind the next, too, each gamma times the one before
 think_cost = 0.                 # what a thought costs, nats
-repeat_cost = 1.                # what a normal token costs that completes four that are in its text already, nats
-kl_weight = .1                  # of log p(normal token) over what the starting model gives it, taken from its reward
-entropy_weight = .01            # of a bonus for the entropy of what is written
+repeat_cost = 0.                # what a normal token costs that completes four that are in its text already, nats
+kl_weight = 0.                  # of log p(normal token) over what the starting model gives it, taken from its reward
+entropy_weight = .8             # of -log p(normal token), added to its reward; 1: the best is to write as the reference
 supervised_weight = 0.          # of cross-entropy of the real continuation, with own thoughts
 temperature = 1.                # of rollouts
 top_k = 0                       # of rollouts: only the k most likely tokens; 0: all
@@ -68,6 +70,7 @@ seed = 0                        # of weights, prefixes and rollouts
 device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'               # 'float32' | 'bfloat16'
 init_from = 'scratch'           # scratch, resume, or the path of a checkpoint to take weights from, thinking or normal
+page = False                    # write samples.html: texts before and after training, with their thoughts
 eval_only = False               # evaluate, train nothing, write nothing
 out_dir = ''                    # folder of the run; empty: out/rollout_think/<changed knobs>
 wandb_mode = 'disabled'         # 'disabled' | 'offline' | 'online'
@@ -229,20 +232,20 @@ def losses(prefix, real, noise, noise_real):
     with torch.no_grad():
         log_p = judged(many, text)                                                          # (N, n)
         normal = tokens < d_vocab
-        kl = log_pi[normal].view(text.shape) - text_log_probs(models['start'], many, text)
+        own = log_pi[normal].view(text.shape)
+        kl = own - text_log_probs(models['start'], many, text)
         again = repeats(torch.cat([many, text], dim=1))[:, prefix_len:]
         n_thoughts = torch.zeros_like(log_p).scatter_add(
             1, place, ((tokens >= d_vocab) & (tokens < config.end_thought) & mask).float())
-        rewards = log_p - kl_weight * kl - repeat_cost * again - think_cost * n_thoughts
+        rewards = log_p - entropy_weight * own - kl_weight * kl - repeat_cost * again - think_cost * n_thoughts
         returns = (rewards @ powers).view(len(prefix), G, text_len)                         # paid for what follows
         rows = returns.transpose(1, 2).flatten(0, 1)                                        # (B n, G)
         weights = advantages(rows, advantage, tau).view(len(prefix), text_len, G).transpose(1, 2).flatten(0, 1)
-        weights = weights.gather(1, place) * mask                   # (N, T)
+        weights = weights.gather(1, place) * mask                                           # (N, T)
     loss = -(weights * log_pi.masked_fill(~mask, 0.)).sum() / (len(prefix) * text_len)
-    bonus = entropy.masked_fill(~mask, 0.).sum() / mask.sum()
-    loss = loss - entropy_weight * bonus
-    logged = {'reward': log_p.mean(), 'kl': kl.mean(), 'entropy': bonus.detach(), 'repeats': again.float().mean(),
-              'thoughts': n_thoughts.mean(), 'reward_std_in_group': rows.std(1, correction=0).mean()}
+    logged = {'reward': log_p.mean(), 'kl': kl.mean(), 'entropy': entropy[mask].detach().mean(),
+              'repeats': again.float().mean(), 'thoughts': n_thoughts.mean(),
+              'reward_std_in_group': rows.std(1, correction=0).mean()}
     if supervised_weight:
         tokens, mask = model.write(prefix, text_len, noise=noise_real, text=real, **RULES)
         log_pi, _ = model.written_log_probs(prefix, tokens, **RULES)
@@ -305,6 +308,36 @@ def evaluate(step):
     return found
 
 
+@torch.no_grad()
+def changes(by, prefix, tokens):
+    """By how much each thought among tokens (N, T) raised log p(the next normal token), nats: (N, T), 0 elsewhere."""
+    states = by.hidden(torch.cat([prefix, tokens], dim=1))[:, prefix.shape[1] - 1:]         # (N, T + 1, d_model)
+    log_p = by.logits(states, range(d_vocab)).float().log_softmax(-1)
+    text, place = strip(tokens)
+    next_one = text.gather(1, place)[..., None]                                             # (N, T, 1)
+    change = (log_p[:, 1:].gather(-1, next_one) - log_p[:, :-1].gather(-1, next_one))[..., 0]
+    return change * (tokens >= d_vocab)
+
+
+def write_page(n=10):
+    """samples.html: how n prefixes of val are continued before training and after; it needs nothing else."""
+    prefix, _ = cut(val_set, torch.linspace(0, len(val_set) - prefix_len - text_len, n).long())
+    noise = torch.rand(n, longest, generator=torch.Generator(world.device).manual_seed(seed), device=world.device)
+    parts = ['<!doctype html><meta charset="utf-8"><title>rollout_think.py</title><style>body{max-width:50em;margin:2em '
+             'auto;font:16px serif;white-space:pre-wrap}i{color:#999}b{color:#088;cursor:help}</style>']
+    for title, by in (('Before', models['start']), ('After', model)):
+        parts.append(f'<h2>{title}</h2>')
+        tokens, mask = by.write(prefix, text_len, noise=noise, **RULES)
+        for start, row, written, change in zip(prefix, tokens, mask, changes(by, prefix, tokens)):
+            parts.append('<p><i>' + html.escape(''.join(map(decode, start.tolist()))) + '</i>')
+            for token, raised in zip(row[written].tolist(), change.tolist()):
+                name = f'think{token - d_vocab}' if token < config.end_thought else 'end_thought'
+                parts.append(html.escape(decode(token)) if token < d_vocab else
+                             f'<b title="log p of the next token {raised:+.2f}">&lt;{name}&gt;</b>')
+            parts.append('</p>')
+    write_atomic(run.folder / 'samples.html', lambda path: path.write_text(''.join(parts)))
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 n_steps = run.first_step
@@ -331,5 +364,7 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
 
 save(n_steps)
 found = evaluate(n_steps)
+if page and run.writes:
+    write_page()
 run.finish(steps=n_steps, **found['own'], real=found['real'],
            ablation={name: numbers['val_loss'] for name, numbers in found.items() if name != 'real'})

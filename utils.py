@@ -74,7 +74,7 @@ LIMITS = {  # smallest and largest value of a knob besides its default; the othe
 }
 # knobs that may differ when a run is resumed; they do not name its folder either
 FREE = ('init_from', 'eval_only', 'out_dir', 'max_steps', 'max_seconds', 'eval_every', 'log_every', 'wandb_mode',
-        'plot')
+        'plot', 'page')
 # knobs that decide which questions are held out; they stay what they were when a script's own checkpoint is used
 SPLIT = ('seed', 'heldout', 'input_min', 'input_max', 'n_adds', 'task', 'ops', 'n_letters', 'k')
 

@@ -95,7 +95,7 @@ def test_growing_leaves_the_text_as_it_was():
 
 
 def test_rewards_flow_back_to_what_was_written_before(script):
-    names = script('--gamma=.5', '--kl_weight=0', '--entropy_weight=0', '--repeat_cost=2', '--think_cost=.3',
+    names = script('--gamma=.5', '--kl_weight=0', '--entropy_weight=.4', '--repeat_cost=2', '--think_cost=.3',
                    '--think_len=2', '--group_size=3')
     prefix, real = names['draw'](0)
     noise = torch.rand(12, 18)
@@ -110,12 +110,13 @@ def test_rewards_flow_back_to_what_was_written_before(script):
         whole = prefix[n // 3].tolist() + [token for token in row if token < 14]
         log_p = JUDGE(torch.tensor([whole[:-1]]))[0].log_softmax(-1)
         paid, thoughts = [], 0
-        for token in row:
+        for t, token in enumerate(row):
             thoughts += token >= 14
             if token < 14:
                 at = 5 + len(paid)
                 seen = [whole[i:i + 4] for i in range(at - 3)]
-                paid.append(log_p[at - 1, token].item() - .3 * thoughts - 2 * (whole[at - 3:at + 1] in seen))
+                paid.append(log_p[at - 1, token].item() - .4 * log_pi[n, t].item() - .3 * thoughts
+                            - 2 * (whole[at - 3:at + 1] in seen))
                 thoughts = 0
         returns[n] = torch.tensor([sum(.5 ** (j - i) * paid[j] for j in range(i, 6)) for i in range(6)])
     for n, row in enumerate(rows):
@@ -173,6 +174,22 @@ def test_a_llama_with_tokens_of_its_own_judges(script, tmp_path):
     assert torch.allclose(names['judged'](prefix, real), shared[:, 5:], atol=1e-4)
 
 
+def test_the_page_says_what_each_thought_changed(run_here, tmp_path, script):
+    names = script('--fixed=True', '--think_len=2')
+    prefix, _ = names['draw'](0)
+    tokens, _ = names['model'].write(prefix, 6, 2)
+    change = names['changes'](names['model'], prefix, tokens)
+    for t in range(18):
+        after, before = (names['model'](torch.cat([prefix, tokens[:, :end]], dim=1))[:, -1, :14].log_softmax(-1)
+                         for end in (t + 1, t))
+        following = tokens[:, t // 3 * 3 + 2]
+        expected = (after - before).gather(1, following[:, None])[:, 0] * (t % 3 < 2)
+        torch.testing.assert_close(change[:, t], expected, atol=1e-4, rtol=0)
+    assert run_here(SCRIPT, f'--out_dir={tmp_path}/a', '--page=True', '--fixed=True')[0] == 0
+    page = (tmp_path / 'a/samples.html').read_text()
+    assert page.count('<p>') == 20 and page.count('<b title="log p of the next token') == 20 * 6
+
+
 def test_every_knob_of_rollouts_does_something(run_here, tmp_path):
     def log(*more):
         code, _, err = run_here(SCRIPT, f'--out_dir={tmp_path}/a', '--max_steps=3', *more)
@@ -182,7 +199,7 @@ def test_every_knob_of_rollouts_does_something(run_here, tmp_path):
     for knob in ('prefix_len=4', 'text_len=5', 'batch_size=2', 'group_size=3', 'learning_rate=1e-2', 'clip=.01',
                  'warmup_steps=9', 'd_thought_vocab=4', 'think_len=2', 'think_len=0', 'fixed=True', 'close=True',
                  'spread=9', 'advantage=grpo', 'gamma=0', 'think_cost=1', 'kl_weight=1',
-                 'entropy_weight=1', 'supervised_weight=1', 'temperature=2', 'top_k=3', 'top_p=.5', 'seed=1'):
+                 'entropy_weight=0', 'supervised_weight=1', 'temperature=2', 'top_k=3', 'top_p=.5', 'seed=1'):
         assert log(f'--{knob}') != usual, knob
     assert log('--text_len=11', '--top_k=2', '--repeat_cost=9') != log('--text_len=11', '--top_k=2')
     assert log('--weight_decay=.5', '--learning_rate=1e-2') != log('--learning_rate=1e-2')
@@ -197,7 +214,8 @@ def test_models_that_do_not_fit_are_refused(run_here, tmp_path):
     for more, message in ((['--text_len=9'], 'up to 18 written ones are more'), (['--group_size=1'], 'at least 2'),
                           (['--reference=nowhere.pt'], 'nowhere.pt is not'), (['--reference='], 'must name a model'),
                           ([f'--reference={tmp_path}/none/here'], 'no reference model at'),
-                          (['--init_from=scratch', '--text_len=13'], 'reads 16 tokens, too few'), (['--prefix_len=99999'], 'a smaller')):
+                          (['--init_from=scratch', '--text_len=13'], 'reads 16 tokens, too few'),
+                          (['--prefix_len=99999'], 'a smaller')):
         code, _, err = run_here(SCRIPT, *start, *more)
         assert code == 2 and message in err and err.count('\n') == 1, err
     assert run_here(SCRIPT, *start)[0] == 0
