@@ -323,8 +323,8 @@ def write_page(n=10):
     """samples.html: how n prefixes of val are continued before training and after; it needs nothing else."""
     prefix, _ = cut(val_set, torch.linspace(0, len(val_set) - prefix_len - text_len, n).long())
     noise = torch.rand(n, longest, generator=torch.Generator(world.device).manual_seed(seed), device=world.device)
-    parts = ['<!doctype html><meta charset="utf-8"><title>Thoughts in text</title><style>body{max-width:50em;margin:auto;'
-             'font:16px serif;white-space:pre-wrap}i{color:#999}b{color:#088;cursor:help}</style>']
+    parts = ['<!doctype html><meta charset="utf-8"><title>Thoughts in text</title><style>body{max-width:50em;margin:auto'
+             ';font:16px serif;white-space:pre-wrap}i{color:#999}b{color:#088;cursor:help}</style>']
     for title, by in (('Before', models['start']), ('After', model)):
         parts.append(f'<h2>{title}</h2>')
         tokens, mask = by.write(prefix, text_len, noise=noise, **RULES)
