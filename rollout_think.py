@@ -58,7 +58,7 @@ gamma = .9                      # tokens are paid for normal ones behind the nex
 think_cost = 0.                 # what a thought costs, nats
 repeat_cost = 0.                # what a normal token costs that completes four that are in its text already, nats
 kl_weight = 0.                  # of log p(normal token) over what the starting model gives it, taken from its reward
-entropy_weight = .8             # of -log p(normal token), added to its reward; 1: the best is to write as the reference
+entropy_weight = 1.             # of -log p(normal token), added to its reward; 1: the best is to write as the reference
 supervised_weight = 0.          # of cross-entropy of the real continuation, with own thoughts
 temperature = 1.                # of rollouts
 top_k = 0                       # of rollouts: only the k most likely tokens; 0: all
@@ -323,8 +323,8 @@ def write_page(n=10):
     """samples.html: how n prefixes of val are continued before training and after; it needs nothing else."""
     prefix, _ = cut(val_set, torch.linspace(0, len(val_set) - prefix_len - text_len, n).long())
     noise = torch.rand(n, longest, generator=torch.Generator(world.device).manual_seed(seed), device=world.device)
-    parts = ['<!doctype html><meta charset="utf-8"><title>Thoughts in text</title><style>body{max-width:50em;margin:auto;'
-             'font:16px serif;white-space:pre-wrap}i{color:#999}b{color:#088;cursor:help}</style>']
+    parts = ['<!doctype html><meta charset="utf-8"><title>Thoughts in text</title><style>body{max-width:50em;'
+             'margin:auto;font:16px serif;white-space:pre-wrap}i{color:#999}b{color:#088;cursor:help}</style>']
     for title, by in (('Before', models['start']), ('After', model)):
         parts.append(f'<h2>{title}</h2>')
         tokens, mask = by.write(prefix, text_len, noise=noise, **RULES)
