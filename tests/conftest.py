@@ -90,3 +90,15 @@ def metrics(folder):
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     times = ('seconds', 'tokens_per_second', 'mfu')
     return [{name: value for name, value in line.items() if name not in times} for line in lines]
+
+
+@pytest.fixture
+def script(request, monkeypatch, tmp_path):
+    """The names of the test module's SCRIPT after it has run with more knobs, but trained and written nothing."""
+    name = request.module.SCRIPT
+
+    def script(*more):
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *TINY[name], '--eval_only=True', f'--out_dir={tmp_path}/e',
+                                          *more])
+        return runpy.run_path(str(ROOT / f'{name}.py'))
+    return script

@@ -1,26 +1,14 @@
 """rollout_think.py: text with thoughts inside, what it is paid, and other models that judge it."""
 import itertools
-import runpy
-import sys
 
 import pytest
 import torch
-from conftest import JUDGE, ROOT, TINY, metrics
+from conftest import JUDGE, metrics
 
 from model import GPT2Thinking, ThinkingModelConfig
 
 SCRIPT = 'rollout_think'
 WAYS = list(itertools.product((True, False), (False, True), (0, 1, 3)))     # fixed, close, think_len
-
-
-@pytest.fixture
-def script(monkeypatch, tmp_path):
-    """The script's names after it has run with more knobs, but trained and written nothing."""
-    def script(*more):
-        monkeypatch.setattr(sys, 'argv', [f'{SCRIPT}.py', *TINY[SCRIPT], '--eval_only=True', f'--out_dir={tmp_path}/e',
-                                          *more])
-        return runpy.run_path(str(ROOT / f'{SCRIPT}.py'))
-    return script
 
 
 def tiny():

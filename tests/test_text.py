@@ -1,15 +1,13 @@
 """supervised_rollout_think.py: ordinary training where nobody thinks, and what thoughts are paid where they do."""
 import json
 import math
-import runpy
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TEXT, TINY, metrics
+from conftest import TEXT, metrics
 
 from model import GPT2, ModelConfig, unpack
 
@@ -23,16 +21,6 @@ def losses(folder, *more):
 
 def load(folder):
     return unpack(torch.load(folder / 'ckpt.pt', weights_only=True)['models']['model'])
-
-
-@pytest.fixture
-def script(monkeypatch, tmp_path):
-    """The script's names after it has run with more knobs, but trained and written nothing."""
-    def script(*more):
-        monkeypatch.setattr(sys, 'argv', [f'{SCRIPT}.py', *TINY[SCRIPT], '--eval_only=True', f'--out_dir={tmp_path}/e',
-                                          *more])
-        return runpy.run_path(str(ROOT / f'{SCRIPT}.py'))
-    return script
 
 
 def test_without_thoughts_it_is_ordinary_training(run_here, tmp_path):
