@@ -140,8 +140,9 @@ ON = '--learning_rate=5e-4 --entropy_weight=0 --max_steps=2000'
 ON_ROWS = {     # what goes on from straight
     'straight-on': (ON, 'straight, and on by gradient'),
     'paid': (f'--thought=token --temperature=1 {ON}', 'straight, and on by reward'),
-    'unpaid': (f'--thought=token --temperature=1 --policy_weight=0 {ON}', 'straight, and on without training thoughts'),
-    'unpaid-1': (f'--thought=token --temperature=1 --policy_weight=0 --group_size=1 {ON}', 'the same, one rollout'),
+    'unpaid': (f'--thought=token --temperature=1 --policy_weight=0 {ON}', 'straight, and on, thoughts not trained'),
+    'unpaid-1': (f'--thought=token --temperature=1 --policy_weight=0 --group_size=1 {ON}',
+                 'straight, and on, thoughts not trained, one rollout'),
 }
 THINKING = {    # row: (knobs, what it shows)
     'add': ('', 'the main case'),
