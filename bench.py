@@ -296,7 +296,8 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
 COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING, 'code': '', 'capacity': '',
           'dealt': DEALT, 'paid': PAID, **dict.fromkeys(('thinking', 'needs', 'buys'), ''), 's5': S5,
           'free': FREE, 'text': '', **{suite: common for suite, (_, common, _) in TEXTS.items()}}     # of all rows
-STARTS = {('novels', row): 'straight' for row in ON_ROWS}    # the row whose checkpoint of the same seed they go on from
+STARTS = {('novels', row): ('novels', 'straight') for row in ON_ROWS}     # what they go on from, with the same seed
+STARTS |= {('free', row): ('thinking', 'add') for row in SUITES['free']}
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
 turn = itertools.count()         # of GPUs
@@ -325,9 +326,12 @@ def learn(suite, row, seed):
     """
     more = []
     if start := STARTS.get((suite, row)):
-        if start in running:
-            running[start][seed].result()
-        more = [f'--init_from=out/bench/{suite}-{start}/{seed}/ckpt.pt']
+        first = ROOT / f'out/bench/{"-".join(start)}/{seed}/ckpt.pt'
+        if start[0] == suite and start[1] in running:
+            running[start[1]][seed].result()
+        elif not first.exists():
+            run(*start, seed, seed)
+        more = [f'--init_from={first}']
     folder, result = run(suite, row, seed, seed, *more)
     log = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     if 'val_loss' in result:
@@ -337,16 +341,6 @@ def learn(suite, row, seed):
     else:
         first = next((line for line in log if line.get('accuracy') == 1), {})
         result |= {f'{unit}_to_all': first.get(unit) for unit in ('step', 'seconds')}
-    print(f'{row} {json.dumps(result)}', flush=True)
-    return result
-
-
-def free(suite, row, seed):
-    """The last line of a run that begins with what a run with a fixed number of thoughts has learned."""
-    fixed = ROOT / f'out/bench/thinking-add/{seed}/ckpt.pt'
-    if not fixed.exists():
-        run('thinking', 'add', seed, seed)
-    result = run(suite, row, seed, seed, f'--init_from={fixed}')[1]
     print(f'{row} {json.dumps(result)}', flush=True)
     return result
 
@@ -384,7 +378,7 @@ def measure(suite, rows):
     RESULTS.mkdir(parents=True, exist_ok=True)
     failed, commit = [], git_commit()
     with ThreadPoolExecutor(parallel) as pool:
-        one = {'origin': origin, 'free': free}.get(suite, learn)
+        one = origin if suite == 'origin' else learn
         for row in rows:
             running[row] = [pool.submit(one, suite, row, seed) for seed in range(seeds)]
         for row in rows:
@@ -394,7 +388,7 @@ def measure(suite, rows):
             if device == 'cuda' and torch.cuda.device_count() > 1:
                 result['hardware'] = f'{torch.cuda.device_count()} {result["hardware"]}'
             if start := STARTS.get((suite, row)):
-                result['command'] += f' --init_from=out/bench/{suite}-{start}/<seed>/ckpt.pt'
+                result['command'] += f' --init_from=out/bench/{"-".join(start)}/<seed>/ckpt.pt'
             try:
                 result['runs'] = [future.result() for future in running[row]]
             except ChildProcessError as error:

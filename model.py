@@ -750,18 +750,24 @@ def unpack(packed):
     return model
 
 
-def make_model(config, checkpoint=None, name='model'):
+def find_model(checkpoint, name='model'):
+    """The model called name in a checkpoint. Raises ValueError when there is none."""
+    if name not in checkpoint['models']:
+        raise ValueError(f'the checkpoint has no model called {name}, but {", ".join(checkpoint["models"])}')
+    return unpack(checkpoint['models'][name])
+
+
+def make_model(config, checkpoint=None, name='model', spread=1.):
     """
     A new model of this shape, or with a checkpoint the model called name in it; a normal one is grown where the shape
-    is that of a thinking one. Raises ValueError when the checkpoint has no such model, or one of another shape.
+    is that of a thinking one, by thoughts as from_normal makes them with spread. Raises ValueError when the checkpoint
+    has no such model, or one of another shape.
     """
     if checkpoint is None:
         return MODELS[type(config).__name__][1](config)
-    if name not in checkpoint['models']:
-        raise ValueError(f'the checkpoint has no model called {name}, but {", ".join(checkpoint["models"])}')
-    model = unpack(checkpoint['models'][name])
+    model = find_model(checkpoint, name)
     if isinstance(config, ThinkingModelConfig) and not isinstance(model, GPT2Thinking):
-        model = GPT2Thinking.from_normal(model, config.d_thought_vocab, gate=config.gate,
+        model = GPT2Thinking.from_normal(model, config.d_thought_vocab, spread, gate=config.gate,
                                          block_size=max(config.block_size, model.config.block_size))
     model.config.dropout = config.dropout       # no part of a model's shape
     for field, value in asdict(config).items():

@@ -26,7 +26,7 @@ import math
 import numpy as np
 import torch
 
-from model import GPT2, GPT2Thinking, ModelConfig, make_model, pack, unpack
+from model import GPT2, GPT2Thinking, ModelConfig, find_model, pack
 from utils import (Run, World, advantages, fail, load_checkpoint, load_text, make_optimizer, need, read_knobs, schedule,
                    show_tokens, user_errors, write_atomic)
 
@@ -108,14 +108,11 @@ def draw(step):
 
 longest = text_len * (think_len + 1 + (close and think_len > 0))      # of a rollout
 with user_errors():
-    shape = dict(n_layer=n_layer, n_head=n_head, d_model=d_model)
     if knobs.checkpoint:        # a model has the shape it has
-        packed = knobs.checkpoint['models'].get('model')
-        if packed is None:
-            raise ValueError(f'{init_from} has no model of text')
-        model = unpack(packed)
+        model = find_model(knobs.checkpoint)
     else:
-        model = GPT2(ModelConfig(d_vocab=d_vocab, block_size=prefix_len + longest, **shape))
+        model = GPT2(ModelConfig(d_vocab=d_vocab, block_size=prefix_len + longest, n_layer=n_layer, n_head=n_head,
+                                 d_model=d_model))
     if not isinstance(model, GPT2Thinking):
         model = GPT2Thinking.from_normal(model, d_thought_vocab, spread=spread,
                                          block_size=max(model.config.block_size, prefix_len + longest))
@@ -128,7 +125,7 @@ model.to(world.device).eval()       # nothing is dropped
 models = {'model': model, 'start': copy.deepcopy(model).requires_grad_(False)}
 if init_from == 'resume':
     with user_errors():
-        models['start'].load_state_dict(make_model(config, knobs.checkpoint, 'start').state_dict())
+        models['start'] = find_model(knobs.checkpoint, 'start').to(world.device).requires_grad_(False).eval()
 thought_tokens = range(d_vocab, d_vocab + config.d_thought_vocab)
 RULES = {'think_len': think_len, 'fixed': fixed, 'close': close}
 SAMPLING = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
@@ -148,7 +145,7 @@ def load_reference(source):
     of its tokens is shared out among ours by the characters they have in common. Raises ValueError, in one line.
     """
     if source.endswith('.pt'):
-        judge = unpack(load_checkpoint(source)['models']['model']).to(world.device).requires_grad_(False).eval()
+        judge = find_model(load_checkpoint(source)).to(world.device).requires_grad_(False).eval()
         if getattr(judge.config, 'd_normal_vocab', judge.config.d_vocab) != d_vocab:
             raise ValueError(f'reference={source} is no model of {d_vocab} tokens')
         if judge.config.block_size < prefix_len + text_len - 1:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import GPT2, GPT2Thinking, ModelConfig, make_model, pack, unpack
+from model import GPT2, GPT2Thinking, ModelConfig, find_model, make_model, pack
 from utils import (Run, World, ablations, advantages, fail, load_checkpoint, load_text, make_optimizer, peak_flops,
                    read_knobs, sample, schedule, show_tokens, user_errors)
 
@@ -145,7 +145,7 @@ with user_errors():
                                          gate={'learned': 0., 'open': 1.}.get(gate))
         config = model.config
     if knobs.checkpoint:
-        model = make_model(config, knobs.checkpoint)
+        model = make_model(config, knobs.checkpoint, spread=spread)
     model.to(world.device)
 models = {'model': model}
 if learns and baseline == 'no_think':       # a lagged copy that does not think
@@ -154,7 +154,7 @@ if learns and baseline == 'no_think':       # a lagged copy that does not think
         models['lagged'].load_state_dict(make_model(config, knobs.checkpoint, 'lagged').state_dict())
 if reference:
     with user_errors():
-        other = unpack(load_checkpoint(reference)['models']['model']).to(world.device)
+        other = find_model(load_checkpoint(reference)).to(world.device)
     if other.config.d_vocab != d_vocab or other.config.block_size < text_len:
         fail(f'reference={reference} is no normal model of {d_vocab} tokens that reads {text_len} of them')
 normal_tokens = range(d_vocab)

@@ -50,8 +50,9 @@ def make_text(folder):
 make_text(TEXT.name)
 torch.manual_seed(0)
 JUDGE = GPT2(ModelConfig(d_vocab=14, block_size=16, n_layer=1, n_head=2, d_model=16))
-torch.save(dict.fromkeys(('knobs', 'step', 'best', 'seconds', 'written', 'optimizers', 'generator'), {}) | {
-    'script': 'judge', 'models': {'model': pack(JUDGE)}}, f'{TEXT.name}/judge.pt')
+for name in ('model', 'other'):
+    torch.save(dict.fromkeys(('knobs', 'step', 'best', 'seconds', 'written', 'optimizers', 'generator'), {}) | {
+        'script': 'judge', 'models': {name: pack(JUDGE)}}, f'{TEXT.name}/{"judge" if name == "model" else name}.pt')
 
 
 def start(script, *arguments, launcher=(sys.executable,), env=()):

@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import JUDGE, metrics
+from conftest import JUDGE, TEXT, metrics
 
 from model import GPT2Thinking, ThinkingModelConfig
 
@@ -201,6 +201,7 @@ def test_models_that_do_not_fit_are_refused(run_here, tmp_path):
     start = [out, f'--init_from={tmp_path}/a/ckpt.pt', '--text_len=5', '--max_steps=1']
     for more, message in ((['--text_len=9'], 'up to 18 written ones are more'), (['--group_size=1'], 'at least 2'),
                           (['--reference=nowhere.pt'], 'nowhere.pt is not'), (['--reference='], 'must name a model'),
+                          ([f'--reference={TEXT.name}/other.pt'], 'no model called model, but other'),
                           ([f'--reference={tmp_path}/none/here'], 'no reference model at'),
                           (['--init_from=scratch', '--text_len=13'], 'reads 16 tokens, too few'),
                           (['--prefix_len=99999'], 'a smaller')):

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, metrics, run, start
+from conftest import ROOT, TEXT, TINY, metrics, run, start
 
 from model import unpack
 from utils import addition_questions
@@ -662,6 +662,7 @@ def test_bad_input_of_one_script(run_here, tmp_path):
             '--positions=last': 'is for single tokens that their position', '--text_len=900': 'a smaller --text',
             '--at_once=2': 'must divide think_len=1', '--at_once=0': 'must be between 1',
             '--init=unit --dropout=.1': 'is for small models', '--reference=nowhere.pt': 'nowhere.pt is not there',
+            f'--reference={TEXT.name}/other.pt': 'no model called model, but other',
             '--think_len=-1': 'must be between 0', '--beta2=2': 'must be between 0'}.items():
         refused(run_here('supervised_rollout_think', out, *arguments.split()), message)
 
