@@ -260,6 +260,7 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     },
     'text': {
         'none': ('cpu', 'supervised_rollout_think', '--think_len=0', 'four layers'),
+        'own': ('cpu', 'supervised_rollout_think', '', 'four layers, with thoughts'),
         'large': ('cuda', 'supervised_rollout_think', '--think_len=0 --n_layer=6 --n_head=6 --d_model=384 '
                   '--text_len=256 --batch_size=64 --dropout=.2 --max_steps=5000 --learning_rate=1e-3 '
                   '--dtype=bfloat16', 'six layers'),
