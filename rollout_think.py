@@ -69,7 +69,7 @@ log_every = 1                   # steps between lines of metrics.jsonl
 seed = 0                        # of weights, prefixes and rollouts
 device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'               # 'float32' | 'bfloat16'
-init_from = 'scratch'           # scratch, resume, or the path of a checkpoint to take weights from, thinking or normal
+init_from = 'scratch'           # scratch, resume, path of a checkpoint (thinking or normal), name or folder of a GPT-2
 page = False                    # write samples.html: texts before and after training, with their thoughts
 eval_only = False               # evaluate, train nothing, write nothing
 out_dir = ''                    # folder of the run; empty: out/rollout_think/<changed knobs>
@@ -77,7 +77,7 @@ wandb_mode = 'disabled'         # 'disabled' | 'offline' | 'online'
 
 # ---- set-up ---------------------------------------------------------------------------------------------------------
 
-knobs = read_knobs(__file__, globals())
+knobs = read_knobs(__file__, globals(), pretrained=True)
 if group_size < 2:
     fail(f'rollouts of a prefix are compared with each other: group_size={group_size} must be at least 2')
 if not reference:
@@ -110,6 +110,8 @@ longest = text_len * (think_len + 1 + (close and think_len > 0))      # of a rol
 with user_errors():
     if knobs.checkpoint:        # a model has the shape it has
         model = find_model(knobs.checkpoint)
+    elif init_from != 'scratch':
+        model = GPT2.from_pretrained(init_from)
     else:
         model = GPT2(ModelConfig(d_vocab=d_vocab, block_size=prefix_len + longest, n_layer=n_layer, n_head=n_head,
                                  d_model=d_model))
@@ -140,30 +142,39 @@ def text_log_probs(judge, prefix, text):
 
 def load_reference(source):
     """
-    A function from prefix (N, S) and text (N, n) to log-probabilities (N, n), by our own checkpoint of the same tokens,
-    or by a model of transformers with tokens of its own: the text is tokenised again, and the log-probability of each
-    of its tokens is shared out among ours by the characters they have in common. Raises ValueError, in one line.
+    A function from prefix (N, S) and text (N, n) to log-probabilities (N, n), by a model of the same tokens: our own
+    checkpoint, or a GPT-2 with as many; or by a model of transformers with tokens of its own: the text is tokenised
+    again, and the log-probability of each of its tokens is shared out among ours by the characters they have in common.
+    Raises ValueError, in one line.
     """
-    if source.endswith('.pt'):
-        judge = find_model(load_checkpoint(source)).to(world.device).requires_grad_(False).eval()
+    folder, _, file = source.rpartition('/') if source.endswith('.gguf') else (source, '', None)
+    more = {'gguf_file': file} if file else {}
+    same = source.endswith('.pt')       # tokens as ours
+    if same:
+        judge = find_model(load_checkpoint(source))
+    else:
+        transformers = need('transformers', 'to load a reference model')
+        try:
+            theirs = transformers.AutoConfig.from_pretrained(folder or '.', **more)
+            same = theirs.model_type == 'gpt2' and theirs.vocab_size == d_vocab
+            if same:
+                judge = GPT2.from_pretrained(source)
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(folder or '.', use_fast=True, **more)
+                judge = transformers.AutoModelForCausalLM.from_pretrained(folder or '.', dtype=torch.float32, **more)
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(f'no reference model at {source}: {str(error).strip().splitlines()[0]}') from error
+    judge.to(world.device).requires_grad_(False).eval()
+    if same:
         if getattr(judge.config, 'd_normal_vocab', judge.config.d_vocab) != d_vocab:
             raise ValueError(f'reference={source} is no model of {d_vocab} tokens')
         if judge.config.block_size < prefix_len + text_len - 1:
             raise ValueError(f'reference={source} reads {judge.config.block_size} tokens, too few')
         return lambda prefix, text: text_log_probs(judge, prefix, text)
-    transformers = need('transformers', 'to load a reference model')
-    folder, _, file = source.rpartition('/') if source.endswith('.gguf') else (source, '', None)
-    more = {'gguf_file': file} if file else {}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder or '.', use_fast=True, **more)
-        judge = transformers.AutoModelForCausalLM.from_pretrained(folder or '.', dtype=torch.float32, **more)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f'no reference model at {source}: {str(error).strip().splitlines()[0]}') from error
-    judge.to(world.device).requires_grad_(False).eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
     def log_probs(prefix, text):
-        pieces = [[decode(token) for token in row] for row in torch.cat([prefix, text], dim=1).tolist()]
+        pieces = [decode(row) for row in torch.cat([prefix, text], dim=1).tolist()]
         theirs = tokenizer([''.join(row) for row in pieces], add_special_tokens=False, return_offsets_mapping=True)
         longest = max(len(row) for row in theirs['input_ids'])
         ids = torch.tensor([[start] + row + [start] * (longest - len(row)) for row in theirs['input_ids']])
@@ -326,10 +337,12 @@ def write_page(n=10):
         parts.append(f'<h2>{title}</h2>')
         tokens, mask = by.write(prefix, text_len, noise=noise, **RULES)
         for start, row, written, change in zip(prefix, tokens, mask, changes(by, prefix, tokens)):
-            parts.append('<p><i>' + html.escape(''.join(map(decode, start.tolist()))) + '</i>')
+            texts = decode([*start.tolist(), *row[row < d_vocab].tolist()])
+            parts.append('<p><i>' + html.escape(''.join(texts[:prefix_len])) + '</i>')
+            rest = iter(texts[prefix_len:])
             for token, raised in zip(row[written].tolist(), change.tolist()):
                 name = f'think{token - d_vocab}' if token < config.end_thought else 'end_thought'
-                parts.append(html.escape(decode(token)) if token < d_vocab else
+                parts.append(html.escape(next(rest)) if token < d_vocab else
                              f'<b title="log p of the next token {raised:+.2f}">&lt;{name}&gt;</b>')
             parts.append('</p>')
     write_atomic(run.folder / 'samples.html', lambda path: path.write_text(''.join(parts)))

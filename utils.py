@@ -3,9 +3,11 @@ What scripts share, and nothing else: knobs, processes, the run directory with i
 text, optimiser and schedule, sampling, advantages, balanced targets, ablations, colours.
 """
 import ast
+import codecs
 import contextlib
 import difflib
 import fcntl
+import html
 import importlib
 import itertools
 import json
@@ -83,12 +85,13 @@ class Knobs(dict):
     """All knobs of a script by name, and: script (its name), folder, changed (from the script's values), checkpoint."""
 
 
-def read_knobs(file, script_globals):
+def read_knobs(file, script_globals, pretrained=False):
     """
     Read a script's knobs: the block of `name = value  # meaning, unit` at its top, overridden by --name=value.
     'a' | 'b' in the comment of a text knob lists its choices. --help prints the block. The new values go into the
     script's globals. With init_from=resume, or the path of a checkpoint of the same script, knobs that are not given
-    are those of the checkpoint.
+    are those of the checkpoint. pretrained: init_from may also be the name or folder of pretrained
+    weights, which does not end in .pt and is left to the script.
 
     Returns Knobs. Ends the program with one line for whatever is wrong.
     """
@@ -124,9 +127,10 @@ def read_knobs(file, script_globals):
     knobs.script, knobs.checkpoint = Path(file).stem, None
     name = ','.join(f'{k}={given[k]}' for k in defaults if k in given and k not in FREE and given[k] != defaults[k])
     knobs.folder = Path(knobs.get('out_dir') or Path('out') / knobs.script / (name.replace('/', '_') or 'default'))
-    if knobs.get('init_from', 'scratch') != 'scratch':
-        resume = knobs['init_from'] == 'resume'
-        path = knobs.folder / 'ckpt.pt' if resume else Path(knobs['init_from'])
+    start = knobs.get('init_from', 'scratch')
+    resume = start == 'resume'
+    path = knobs.folder / 'ckpt.pt' if resume else Path(start)
+    if start != 'scratch' and not (pretrained and path.suffix != '.pt'):
         knobs.checkpoint = load_checkpoint(path, 'nothing to resume' if resume else 'no checkpoint to start from')
         own = knobs.checkpoint['script'] == knobs.script
         if resume and not own:
@@ -272,7 +276,7 @@ class Run:
 
     def __init__(self, knobs, world, optimizers):
         self.knobs, self.world, self.folder, self.optimizers = knobs, world, knobs.folder, optimizers
-        self.start, self.best, self.first_step, self.wandb = time.time(), -math.inf, 0, None
+        self.start, self.best, self.first_step, self.wandb, self.shown = time.time(), -math.inf, 0, None, []
         self.writes = world.main and not knobs['eval_only']
         resumed = knobs.checkpoint if knobs['init_from'] == 'resume' else None
         if resumed:
@@ -355,17 +359,21 @@ class Run:
         self.bar.close()
 
     def print(self, text):
-        """Print above the progress bar."""
+        """Print above the progress bar, in colours where stdout is a terminal and NO_COLOR is not set."""
         if self.world.main:
-            tqdm.write(text)
+            tqdm.write(text if sys.stdout.isatty() and not os.environ.get('NO_COLOR') else plain(text))
 
     def sample(self, text, right=None):
-        """Print coloured text, with a green tick or a red cross, and keep it, without colours, in samples.txt."""
+        """
+        Print coloured text, with a green tick or a red cross, and keep it: in samples.txt, without colours, and in a
+        table of the next line of Weights & Biases.
+        """
         if right is not None:
             text = f'{text} {paint("✓", "green") if right else paint("✗", "red")}'
         self.print(text)
         if self.writes:
-            self.samples.write(re.sub('\033\\[[0-9;]*m', '', text) + '\n')
+            self.samples.write(plain(text) + '\n')
+            self.shown.append(text)
 
     def log(self, step, **numbers):
         """One line of metrics.jsonl. Only seconds, tokens_per_second and mfu are not the same in every repetition."""
@@ -375,7 +383,13 @@ class Run:
         if self.writes:
             self.metrics.write(json.dumps({'step': step, **numbers, 'seconds': round(self.seconds(), 2)}) + '\n')
             if self.wandb:
-                self.wandb.log(numbers, step=step)
+                self.wandb.log(numbers | self.table(), step=step)
+            self.shown.clear()
+
+    def table(self):
+        """What was shown since the last line of the log, as a coloured table for Weights & Biases, if anything was."""
+        rows = ''.join(f'<tr><td>{as_html(text)}</td></tr>' for text in self.shown)
+        return {'samples': importlib.import_module('wandb').Html(f'<table>{rows}</table>')} if rows else {}
 
     def report(self, step, **numbers):
         """Log an evaluation, print it, and keep its last two numbers at the end of the progress bar."""
@@ -414,6 +428,7 @@ class Run:
             self.metrics.close()
             self.samples.close()
         if self.wandb:
+            self.wandb.log(self.table())
             self.wandb.summary.update(line)
             self.wandb.finish()
         if self.world.main:
@@ -561,7 +576,8 @@ def gpt2_encoding():
 def load_text(folder):
     """
     What prepare_data.py left in a folder: train and val, memory maps of tokens (n,) as uint16, the size of the
-    vocabulary, and a function from a token to its text. Fails in one line where that is not there.
+    vocabulary, and a function from tokens to their texts, one each: of a character that several tokens make, the last
+    has all and the others nothing. Fails in one line where that is not there.
     """
     try:
         meta = json.loads((Path(folder) / 'meta.json').read_text())
@@ -570,9 +586,13 @@ def load_text(folder):
     except (OSError, ValueError, LookupError) as error:
         fail(f'no data in {folder}, see python prepare_data.py --help: {error}')
     if characters:
-        return train, val, meta['d_vocab'], characters.__getitem__
+        return train, val, meta['d_vocab'], lambda tokens: [characters[token] for token in tokens]
     encoding = gpt2_encoding()
-    return train, val, meta['d_vocab'], lambda token: encoding.decode([token])
+
+    def decode(tokens):
+        utf8 = codecs.getincrementaldecoder('utf-8')('replace')
+        return [utf8.decode(encoding.decode_single_token_bytes(token)) for token in tokens]
+    return train, val, meta['d_vocab'], decode
 
 
 # ---- optimiser and schedule -----------------------------------------------------------------------------------------
@@ -703,18 +723,32 @@ COLOURS = {'red': 31, 'green': 32, 'blue': 34, 'magenta': 35, 'cyan': 36}
 
 
 def paint(text, colour):
-    """Text in a colour, where stdout is a terminal and NO_COLOR is not set."""
-    if not sys.stdout.isatty() or os.environ.get('NO_COLOR'):
-        return text
+    """Text in a colour, for Run.print, which prints it so on terminals."""
     return f'\033[{COLOURS[colour]}m{text}\033[0m'
 
 
-def show_tokens(tokens, config, decode=str, between=' '):
-    """A row of tokens as text: normal tokens blue, thoughts cyan, end_thought magenta."""
+def plain(text):
+    """Coloured text without its colours."""
+    return re.sub('\033\\[[0-9;]*m', '', text)
+
+
+def as_html(text):
+    """Coloured text as HTML."""
+    text = f'<span style="white-space:pre-wrap">{html.escape(text)}</span>'.replace('\033[0m', '</span>')
+    for colour, code in COLOURS.items():
+        text = text.replace(f'\033[{code}m', f'<span style="color:{colour}">')
+    return text
+
+
+def show_tokens(tokens, config, decode=lambda tokens: map(str, tokens), between=' '):
+    """A row of tokens as coloured text: normal tokens blue, thoughts cyan, end_thought magenta."""
+    n_normal = getattr(config, 'd_normal_vocab', config.d_vocab)
+    texts = iter(decode([token for token in tokens.tolist() if token < n_normal]))
+
     def show(token):
-        if token < getattr(config, 'd_normal_vocab', config.d_vocab):
-            return paint(decode(token), 'blue')
+        if token < n_normal:
+            return paint(next(texts), 'blue')
         if token < config.end_thought:
-            return paint(f'<think{token - config.d_normal_vocab}>', 'cyan')
+            return paint(f'<think{token - n_normal}>', 'cyan')
         return paint('<end_thought>', 'magenta')
     return between.join(map(show, tokens.tolist()))

@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import JUDGE, TEXT, metrics
 
-from model import GPT2Thinking, ThinkingModelConfig
+import utils
+from model import GPT2, GPT2Thinking, ThinkingModelConfig
 
 SCRIPT = 'rollout_think'
 WAYS = list(itertools.product((True, False), (False, True), (0, 1, 3)))     # fixed, close, think_len
@@ -155,11 +156,49 @@ def test_a_llama_with_tokens_of_its_own_judges(script, tmp_path):
     prefix, real = names['draw'](0)
     shared = names['judged'](prefix[:, :0], torch.cat([prefix, real], dim=1))
     for row, ours in zip(torch.cat([prefix, real], dim=1).tolist(), shared):
-        ids = [0, *tokenizer(''.join(map(names['decode'], row)), add_special_tokens=False)['input_ids']]
+        ids = [0, *tokenizer(''.join(names['decode'](row)), add_special_tokens=False)['input_ids']]
         assert len(ids) < len(row)
         log_p = llama(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         assert ours.sum().item() == pytest.approx(log_p.gather(1, torch.tensor(ids)[1:, None]).sum().item(), abs=1e-3)
     assert torch.allclose(names['judged'](prefix, real), shared[:, 5:], atol=1e-4)
+
+
+def test_a_gpt2_writes_and_judges(script, run_here, tmp_path):
+    """By its folder, as by the name of GPT-2's weights: the text that it writes at first is its own."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=14, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=.5)).eval()
+    theirs.save_pretrained(tmp_path / 'gpt2')
+    how = [f'--init_from={tmp_path}/gpt2', f'--reference={tmp_path}/gpt2']
+    names = script(*how)
+    model, (prefix, real) = names['model'], names['draw'](0)
+    assert isinstance(model, GPT2Thinking) and model.config.d_thought_vocab == 5
+    both = torch.cat([prefix, real], dim=1)
+    expected = theirs(both).logits.log_softmax(-1)[:, 4:-1].gather(-1, real[..., None])[..., 0]
+    torch.testing.assert_close(names['judged'](prefix, real), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.written_log_probs(prefix, real, 0)[0], expected, atol=1e-4, rtol=0)
+    code, out, err = run_here(SCRIPT, f'--out_dir={tmp_path}/a', *how)
+    assert code == 0, err
+    assert run_here(SCRIPT, f'--out_dir={tmp_path}/a', *how[1:], '--init_from=resume', '--max_steps=8')[0] == 0
+    assert GPT2.from_pretrained(tmp_path / 'gpt2').config.n_layer == 2
+
+
+def test_characters_of_several_tokens_are_judged_whole(tmp_path, monkeypatch):
+    """As GPT-2's tokens of curly quotes, which are parts of a character."""
+    class Encoding:
+        n_vocab = 50257
+
+        def decode_single_token_bytes(self, token):
+            return [b'a', '“'.encode()[:2], '“'.encode()[2:], b'bc'][token]
+    monkeypatch.setattr(utils, 'gpt2_encoding', Encoding)
+    for part in ('train', 'val'):
+        torch.zeros(4, dtype=torch.uint16).numpy().tofile(tmp_path / f'{part}.bin')
+    (tmp_path / 'meta.json').write_text('{"tokenizer": "gpt2", "d_vocab": 50257}')
+    decode = utils.load_text(tmp_path)[3]
+    assert decode([0, 1, 2, 3, 1, 3, 2]) == ['a', '', '“', 'bc', '', '\ufffdbc', '\ufffd']
+    thinking = ThinkingModelConfig(d_normal_vocab=4, d_thought_vocab=2, n_layer=1, n_head=1, d_model=4)
+    assert utils.plain(utils.show_tokens(torch.tensor([1, 4, 2, 0]), thinking, decode, '')) == '<think0>“a'
 
 
 def test_the_page_says_what_each_thought_changed(run_here, tmp_path, script):

@@ -139,8 +139,13 @@ def test_help_prints_the_knobs(script, run_here):
 
 def test_wandb_offline(tmp_path):
     pytest.importorskip('wandb')
-    run('add_normal', f'--out_dir={tmp_path}/a', '--wandb_mode=offline', env={'WANDB_SILENT': 'true'})
-    assert list((tmp_path / 'a/wandb').glob('offline-run-*/*.wandb'))
+    run('rollout_think', f'--out_dir={tmp_path}/a', '--wandb_mode=offline', env={'WANDB_SILENT': 'true'})
+    folder, = (tmp_path / 'a/wandb').glob('offline-run-*')
+    assert list(folder.glob('*.wandb'))
+    tables = [path.read_text() for path in (folder / 'files/media/html').glob('samples_*.html')]
+    assert len(tables) == 3 and all(table.count('<tr>') == 3 for table in tables)
+    assert all('<span style="color:blue">' in table for table in tables)
+    assert any('<span style="color:cyan">&lt;think' in table for table in tables)
 
 
 def test_the_picture_shows_who_calls_what_how(run_here, tmp_path, monkeypatch):

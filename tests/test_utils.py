@@ -4,14 +4,15 @@ import math
 import os
 import pickle
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import utils
 from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig
-from utils import (SerialTask, ablations, addition_questions, advantages, balanced_target, digits, make_optimizer,
-                   parse_knob, sample, schedule, show_tokens)
+from utils import (Run, SerialTask, ablations, addition_questions, advantages, as_html, balanced_target, digits,
+                   make_optimizer, parse_knob, plain, sample, schedule, show_tokens)
 
 
 # ---- sampling
@@ -309,17 +310,20 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
 
 # ---- colours and pictures
 
-def test_colours_only_on_a_terminal(monkeypatch):
+def test_colours_only_on_a_terminal(monkeypatch, tmp_path, capsys):
     config = ThinkingModelConfig(d_normal_vocab=10, d_thought_vocab=3, block_size=4, n_layer=1, n_head=1, d_model=4)
     tokens = torch.tensor([7, 10, 12, 13, 9])
-    plain = '7 <think0> <think2> <end_thought> 9'
-    assert show_tokens(tokens, config) == plain
-    monkeypatch.delenv('NO_COLOR', raising=False)
-    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
-    assert show_tokens(tokens, config) == ('\033[34m7\033[0m \033[36m<think0>\033[0m \033[36m<think2>\033[0m '
-                                           '\033[35m<end_thought>\033[0m \033[34m9\033[0m')
-    monkeypatch.setenv('NO_COLOR', '1')
-    assert show_tokens(tokens, config) == plain
+    coloured = ('\033[34m7\033[0m \033[36m<think0>\033[0m \033[36m<think2>\033[0m \033[35m<end_thought>\033[0m '
+                '\033[34m9\033[0m')
+    assert show_tokens(tokens, config) == coloured and plain(coloured) == '7 <think0> <think2> <end_thought> 9'
+    assert as_html(coloured).count('<span') == as_html(coloured).count('</span>') == 6
+    assert '<span style="color:cyan">&lt;think2&gt;</span>' in as_html(coloured)
+    text = plain(coloured)
+    for terminal, no_color, expected in ((False, '', text), (True, '', coloured), (True, '1', text)):
+        monkeypatch.setenv('NO_COLOR', no_color)
+        monkeypatch.setattr(sys.stdout, 'isatty', lambda terminal=terminal: terminal)
+        Run.print(SimpleNamespace(world=SimpleNamespace(main=True)), coloured)
+        assert capsys.readouterr().out == expected + '\n'
 
 
 def test_config_of_a_thinker_names_its_tokens():
