@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from model import ThinkingModelConfig, make_model, pack
 from utils import (Run, World, ablations, addition_questions, advantages, balanced_target, digits, fail, make_optimizer,
-                   need, read_knobs, sample, schedule, show_tokens, user_errors)
+                   need, read_knobs, recorded, sample, schedule, show_tokens, user_errors)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -82,6 +82,7 @@ log_every = 10                  # steps between lines of metrics.jsonl
 seed = 0                        # of weights, questions and thoughts
 device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'               # 'float32' | 'bfloat16'
+compile = False                 # a step as one CUDA graph: faster on a GPU; nothing may depend on what is written
 init_from = 'scratch'           # scratch, resume, or the path of a checkpoint to take weights from
 eval_only = False               # evaluate, train nothing, write nothing
 out_dir = ''                    # folder of the run; empty: out/add_think_blind/<changed knobs>
@@ -98,6 +99,7 @@ if think_len * math.log2(base) > 62:
     fail(f'd_thought_vocab={d_thought_vocab} and think_len={think_len} make over 2^62 codes, too many to number')
 n_codes = d_thought_vocab ** think_len if fixed else sum(d_thought_vocab ** t for t in range(think_len + 1))
 n_slots = min(base ** think_len, 2**17 - 1)     # for prices and counts: where codes are more, some share one
+search_all = search and base ** think_len <= n_slots
 if (super or clean) and d_thought_vocab ** think_len < input_max:
     fail(f'd_thought_vocab={d_thought_vocab} and think_len={think_len} make no digits for {input_max} answers')
 if search and advantage not in ('balanced', 'softmax', 'best'):
@@ -108,6 +110,8 @@ if group_size < 2 and advantage in ('grpo', 'rloo', 'dr_grpo'):
     fail(f'advantage={advantage} compares the rollouts of a group: group_size={group_size} must be at least 2')
 if not search and advantage == 'balanced' and input_max * n_slots > 2**26:
     fail(f'without search, counts are kept for {input_max} answers x {n_slots} codes, over 2^26: --search=True')
+if compile and (epsilon_steps or not search_all and (search or advantage == 'balanced')):
+    fail('compile=True needs steps that are alike: all codes searched, or rollouts without balanced and epsilon_steps')
 if not split and frozen != 'none':
     fail(f'frozen={frozen} needs two models: --split=True')
 world = World(knobs)
@@ -136,10 +140,10 @@ if frozen != 'none':
 
 # ---- codes: thoughts as one number, see GPT2Thinking.number ----------------------------------------------------------
 
+merge = world.device.type == 'cpu'          # rollouts that are alike so far are read once, which is quicker there
 thought_tokens = thinking.thought_range(fixed)
 number = partial(thinking.number, fixed=fixed)
 spell = partial(thinking.spell, think_len=think_len, fixed=fixed)
-search_all = search and base ** think_len <= n_slots
 all_codes = torch.arange(base ** think_len if search_all else 0, device=world.device)
 all_codes = number(spell(all_codes)).unique()                                           # (C,)
 hand_made = torch.arange(input_max)
@@ -150,9 +154,9 @@ hand_made = hand_made.flip(1) if super_order == 'lsb' else hand_made
 
 # ---- optimiser and run ----------------------------------------------------------------------------------------------
 
-optimizers = [make_optimizer(thinking, learning_rate, weight_decay)]
+optimizers = [make_optimizer(thinking, learning_rate, weight_decay, recorded=compile)]
 if split:
-    optimizers.append(make_optimizer(answering, learning_rate_answer, weight_decay_answer))
+    optimizers.append(make_optimizer(answering, learning_rate_answer, weight_decay_answer, recorded=compile))
 run = Run(knobs, world, optimizers)
 state = {'prices': torch.zeros(n_slots),        # what balanced_target asks for a code
          'habit': torch.zeros(input_max, 0 if search or advantage != 'balanced' else n_slots),      # how often written
@@ -240,28 +244,27 @@ def draw_language():
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
-def explore(question, step):
-    """question: (B, n_adds). Returns the thoughts (B, G, T) of rollouts of the thinking policy, explored."""
+def explore(question, dice, jitter, epsilon):
+    """Thoughts (B, G, T) of rollouts for question (B, n_adds), by dice (B G, T) and jitter (B G, tokens) of logits."""
     return thinking.think(
-        question, think_len, fixed=fixed, n_rollouts=group_size,
-        noise=world.draw(torch.rand, batch_size, group_size, think_len).flatten(0, 1),
-        temperature=temperature, top_k=top_k, top_p=top_p,
-        epsilon=epsilon * max(0, 1 - step / epsilon_steps) if epsilon_steps else epsilon,
-        bias=logit_noise * world.draw(torch.randn, batch_size, group_size, base).flatten(0, 1) if logit_noise else 0.,
+        question, think_len, fixed=fixed, n_rollouts=group_size, noise=dice, bias=logit_noise * jitter,
+        temperature=temperature, top_k=top_k, top_p=top_p, epsilon=epsilon, use_cache=not merge, merge=merge,
     ).tokens.view(-1, group_size, think_len)
 
 
-def candidates(question, step):
+def candidates(question, more=None, *how):
     """
-    Codes to choose from, (C,) numbers in ascending order: all, or those written for the whole batch, and with search as
-    many random ones. And where among them the rollouts for question (B, n_adds) are, (B, G), or None where all are.
+    Codes to choose from, (C,) numbers: all, or those written for the whole batch, and with search the random ones in
+    `more` as well; in ascending order, unless compiled. And where among them the rollouts for question (B, n_adds) are,
+    (B, G), or None where all are.
     """
     if search_all:
         return all_codes, None
-    written = number(explore(question, step))                                       # (B, G)
+    written = number(explore(question, *how))                                       # (B, G)
+    if compile:
+        return written.flatten(), torch.arange(written.numel(), device=world.device).view(written.shape)
     codes = world.gather(written).flatten()
     if search:
-        more = torch.randint(base ** think_len, codes.shape, generator=world.generator, device=world.device)
         codes = torch.cat([codes, number(spell(more))])
     codes = codes.unique()
     return codes, torch.searchsorted(codes, written)
@@ -285,6 +288,57 @@ def target(rewards, codes, column, answers):
     return log_target
 
 
+def losses(rows, noise, *how):
+    """
+    For questions with these rows (batch_size,), of all processes, by noise (B,): losses of the thinking and of the
+    answering policy, entropy of thoughts, and which candidates were chosen (B, K). how: see candidates and explore.
+    """
+    all_answers = train_set[rows].sum(1) % input_max
+    question, answer = train_set[world.share(rows)], world.share(all_answers)       # (B, n_adds), (B,)
+
+    # candidate codes, and what each is worth for every answer
+    numbers, column = candidates(question, *how)                                    # (C,), (B, G)
+    codes = spell(numbers)                                                          # (C, T)
+    log_q = answering.answer(codes).float().log_softmax(-1).T                       # (M, C) log p(answer | code)
+    rewards = (number(hand_made)[:, None] == numbers).float() if clean else log_q.detach()
+
+    # which of them the thinking policy is to write, and how much each counts
+    if search or advantage == 'balanced':       # drawn from the target of the answer
+        log_target = target(rewards, numbers, None if search else world.gather(column), all_answers)
+        chosen, weights = sample(log_target[answer], noise)[0][:, None], 1.         # (B, 1)
+        answering_loss = -(log_target.exp() * log_q).sum(1)[answer].mean()
+    else:                                       # its own rollouts, compared with the others of the group
+        chosen, group_rewards = column, rewards[answer[:, None], column]            # (B, G)
+        weights = advantages(group_rewards, advantage, tau, state['baseline'])      # (B, G)
+        state['baseline'].lerp_(world.gather(group_rewards).mean(), .1)
+        positive = weights.clamp(min=0) + 1e-9
+        answering_loss = -(positive / positive.sum(1, keepdim=True) * log_q[answer[:, None], column]).sum(1).mean()
+    if answer_on == 'written':
+        answering_loss = -log_q[answer[:, None], column].mean()
+    if super:
+        answering_loss = F.cross_entropy(answering.answer(hand_made).float()[answer], answer)
+
+    K = chosen.shape[1]
+    log_pi, entropy = (x.sum(1).view(-1, K) for x in thinking.thought_log_probs(
+        question.repeat_interleave(K, dim=0), codes[chosen].flatten(0, 1), fixed, entropy=True,
+        merge=merge and K > 1))                                                     # (B, K)
+    return -(weights * log_pi).sum(1).mean(), answering_loss, entropy.mean(), chosen
+
+
+def update(*how):
+    """One step of the optimisers, see losses for how, and what it returns."""
+    with world.autocast:
+        thinking_loss, answering_loss, entropy, chosen = losses(*how)
+    (thinking_loss - entropy_weight * entropy + answering_loss).backward()
+    world.mean_gradients([parameter for model in models.values() for parameter in model.parameters()])
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return thinking_loss.detach(), answering_loss.detach(), entropy.detach(), chosen
+
+
+if compile:
+    update = recorded(update)
 n_steps = run.first_step
 for step in run.steps(run.first_step, run.first_step if eval_only else max_steps):
     if step % eval_every == 0:
@@ -295,46 +349,20 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
 
     # a batch of questions; every process draws all of it and takes its share
     rows = torch.randint(len(train_set), (batch_size,), generator=world.generator, device=world.device)
-    noise = world.draw(torch.rand, batch_size)
-    all_answers = train_set[rows].sum(1) % input_max
-    question, answer = train_set[world.share(rows)], world.share(all_answers)       # (B, n_adds), (B,)
-
-    with world.autocast:
-        # candidate codes, and what each is worth for every answer
-        numbers, column = candidates(question, step)                                # (C,), (B, G)
-        codes = spell(numbers)                                                      # (C, T)
-        log_q = answering.answer(codes).float().log_softmax(-1).T                   # (M, C) log p(answer | code)
-        rewards = (number(hand_made)[:, None] == numbers).float() if clean else log_q.detach()
-
-        # which of them the thinking policy is to write, and how much each counts
-        if search or advantage == 'balanced':   # drawn from the target of the answer
-            log_target = target(rewards, numbers, None if search else world.gather(column), all_answers)
-            chosen, weights = sample(log_target[answer], noise)[0][:, None], 1.     # (B, 1)
-            answering_loss = -(log_target.exp() * log_q).sum(1)[answer].mean()
-        else:                                   # its own rollouts, compared with the others of the group
-            chosen, group_rewards = column, rewards[answer[:, None], column]        # (B, G)
-            weights = advantages(group_rewards, advantage, tau, state['baseline'])  # (B, G)
-            state['baseline'].lerp_(world.gather(group_rewards).mean(), .1)
-            positive = weights.clamp(min=0) + 1e-9
-            answering_loss = -(positive / positive.sum(1, keepdim=True) * log_q[answer[:, None], column]).sum(1).mean()
-        if answer_on == 'written':
-            answering_loss = -log_q[answer[:, None], column].mean()
-        if super:
-            answering_loss = F.cross_entropy(answering.answer(hand_made).float()[answer], answer)
-
-        K = chosen.shape[1]
-        log_pi, entropy = (x.sum(1).view(-1, K) for x in thinking.thought_log_probs(
-            question.repeat_interleave(K, dim=0), codes[chosen].flatten(0, 1), fixed, entropy=True))    # (B, K)
-        thinking_loss = -(weights * log_pi).sum(1).mean()
-    (thinking_loss - entropy_weight * entropy.mean() + answering_loss).backward()
-    world.mean_gradients([parameter for model in models.values() for parameter in model.parameters()])
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-
+    how = [rows, world.draw(torch.rand, batch_size)]
+    if not search_all:
+        dice = world.draw(torch.rand, batch_size, group_size, think_len).flatten(0, 1)
+        jitter = world.draw(torch.randn, batch_size, group_size, base).flatten(0, 1) if logit_noise else dice[:, :1]
+        more = dice
+        if search:
+            more = torch.randint(base ** think_len, (dice.shape[0] * world.size,), generator=world.generator,
+                                 device=world.device)
+        now = epsilon * max(0, 1 - step / epsilon_steps) if epsilon_steps else epsilon
+        how += [more, dice, jitter, now]
+    thinking_loss, answering_loss, entropy, chosen = update(*how)
     if step % log_every == 0:
         run.log(step, thinking_loss=thinking_loss.item(), answering_loss=answering_loss.item(),
-                entropy=entropy.mean().item(), chosen_codes=len(chosen.unique()),
+                entropy=entropy.item(), chosen_codes=len(chosen.unique()),
                 highest_price=state['prices'].max().item())
     n_steps = step + 1
 

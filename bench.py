@@ -10,25 +10,30 @@ Every number in the README: this script measures it, keeps the raw results in as
 A result file names the command, the hardware, the version of torch and the commit (null where git is not at hand), and
 holds the last line of every run. A row is measured on a CPU or on a GPU, whichever it belongs on.
 """
+import importlib.util
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import torch
 
-from model import unpack
-from utils import device_name, fail, git_commit, read_knobs, write_atomic
+from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig, unpack
+from utils import (advantages, device_name, fail, git_commit, make_optimizer, peak_flops, read_knobs, recorded,
+                   write_atomic)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 suite = 'learning'              # which table: a name of SUITES below; tables: no runs, only the README
 only = ''                       # names of rows, with commas between; empty: all
 seeds = 5                       # runs of each row, with seeds 0, 1, ...
 parallel = 1                    # runs at once
+nanogpt = ''                    # speed: folder of a checkout of nanoGPT, to be measured beside ours
 
 knobs = read_knobs(__file__, globals())
 
@@ -143,6 +148,27 @@ ON_ROWS = {     # what goes on from straight
     'unpaid': (f'--thought=token --temperature=1 --policy_weight=0 {ON}', 'straight, and on, thoughts not trained'),
     'unpaid-1': (f'--thought=token --temperature=1 --policy_weight=0 --group_size=1 {ON}',
                  'straight, and on, thoughts not trained, one rollout'),
+}
+ROLLOUTS = {    # suite: (knobs of all rows, of start and reference, steps of start, of reference)
+    'rollouts': ('--data=data/novels_char --batch_size=16 --eval_prefixes=256 --max_steps=500 --eval_every=50',
+                 '--data=data/novels_char', 1000, 4000),
+    'rollouts-words': ('--data=data/novels --eval_prefixes=128 --max_steps=100 --eval_every=20', '--data=data/novels',
+                       1000, 3000),
+}
+START = ('--think_len=0 --n_layer=6 --n_head=6 --d_model=384 --text_len=128 --batch_size=64 --learning_rate=1e-3 '
+         '--weight_decay=0 --dtype=bfloat16 --eval_sequences=500 --log_every=50')
+WHOLE = '--prefix_len=64 --text_len=64 --compile=True'
+ROLLOUT_ROWS = {    # row: (knobs, what it shows)
+    'none': ('--think_len=0', 'no thoughts, no real text'),
+    'none-real': ('--think_len=0 --supervised_weight=1', 'no thoughts, real text mixed in'),
+    'free': ('', 'up to one thought a token, no real text'),
+    'free-real': ('--supervised_weight=1', 'up to one thought a token'),
+    'fixed': ('--fixed=True', 'one thought before every token, no real text'),
+    'fixed-real': ('--fixed=True --supervised_weight=1', 'one thought before every token'),
+    'less': ('--think_len=0 --supervised_weight=1 --entropy_weight=.8', 'no thoughts, less paid for entropy'),
+    'bare': ('--think_len=0 --entropy_weight=0', 'no thoughts, paid by the reference alone'),
+    'usual': ('--think_len=0 --entropy_weight=0 --kl_weight=.3 --repeat_cost=1',
+              'the same, with KL to the start and a price of repetition'),
 }
 THINKING = {    # row: (knobs, what it shows)
     'add': ('', 'the main case'),
@@ -269,6 +295,11 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
                      [] if row in ON_ROWS else [f'--max_steps={steps * (1 + (row == "none-twice"))}'])), what)
                for row, (knobs, what) in (TEXT_ROWS | (ON_ROWS if suite == 'novels' else {})).items()}
        for suite, (where, common, steps) in TEXTS.items()},
+    **{suite: {**{row: ('cuda', 'supervised_rollout_think', f'{text} {START} --max_steps={n} --eval_every={n}', what)
+                  for row, n, what in (('start', n_start, 'the start'), ('reference', n_reference, 'the reference'))},
+               **{row: ('cuda', 'rollout_think', f'{common} {WHOLE} {knobs}'.strip(), what)
+                  for row, (knobs, what) in ROLLOUT_ROWS.items()}}
+       for suite, (common, text, n_start, n_reference) in ROLLOUTS.items()},
     'dealt': {
         'whole': ('cpu', 'autoencoder_think', DEALT, 'the whole recipe'),
         'init': ('cpu', 'autoencoder_think', f'{DEALT} --init=gpt2', 'GPT-2\'s small weights'),
@@ -296,9 +327,14 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
 }
 COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING, 'code': '', 'capacity': '',
           'dealt': DEALT, 'paid': PAID, **dict.fromkeys(('thinking', 'needs', 'buys'), ''), 's5': S5,
-          'free': FREE, 'text': '', **{suite: common for suite, (_, common, _) in TEXTS.items()}}     # of all rows
-STARTS = {('novels', row): ('novels', 'straight') for row in ON_ROWS}     # what they go on from, with the same seed
-STARTS |= {('free', row): ('thinking', 'add') for row in SUITES['free']}
+          'free': FREE, 'text': '', **{suite: f'{common} {WHOLE}' for suite, (common, *_) in ROLLOUTS.items()},
+          **{suite: common for suite, (_, common, _) in TEXTS.items()}}     # of all rows
+# what rows go on from: {knob: (suite, row, seed)}, seed None: the same as theirs
+STARTS = {('novels', row): {'init_from': ('novels', 'straight', None)} for row in ON_ROWS}
+STARTS |= {('free', row): {'init_from': ('thinking', 'add', None)} for row in SUITES['free']}
+STARTS |= {(suite, row): {'init_from': (suite, 'start', 0), 'reference': (suite, 'reference', 0)}
+           for suite in ROLLOUTS for row in ROLLOUT_ROWS}
+ONCE = {start for starts in STARTS.values() for start in starts.values()}       # those with seed 0 for all seeds
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
 turn = itertools.count()         # of GPUs
@@ -326,16 +362,20 @@ def learn(suite, row, seed):
     the step and the seconds at which all answers were.
     """
     more = []
-    if start := STARTS.get((suite, row)):
-        first = ROOT / f'out/bench/{"-".join(start)}/{seed}/ckpt.pt'
-        if start[0] == suite and start[1] in running:
-            running[start[1]][seed].result()
-        elif not first.exists():
-            run(*start, seed, seed)
-        more = [f'--init_from={first}']
+    for knob, (where, first, which) in STARTS.get((suite, row), {}).items():
+        which = seed if which is None else which
+        checkpoint = ROOT / f'out/bench/{where}-{first}/{which}/ckpt.pt'
+        if where == suite and first in running:
+            running[first][which].result()
+        elif not checkpoint.exists():
+            run(where, first, which, which)
+        more.append(f'--{knob}={checkpoint}')
     folder, result = run(suite, row, seed, seed, *more)
     log = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    if 'val_loss' in result:
+    if result['script'] == 'rollout_think':
+        result['curve'] = {name: [line[name] for line in log if 'perplexity' in line]
+                           for name in ('step', 'perplexity', 'distinct_4', 'repeated_8', 'thoughts')}
+    elif 'val_loss' in result:
         pass
     elif 'heldout_accuracy' in result:
         result['step_of_99'] = next((line['step'] for line in log if line.get('heldout_accuracy', 0) >= .99), None)
@@ -381,15 +421,17 @@ def measure(suite, rows):
     with ThreadPoolExecutor(parallel) as pool:
         one = origin if suite == 'origin' else learn
         for row in rows:
-            running[row] = [pool.submit(one, suite, row, seed) for seed in range(seeds)]
+            n = 1 if (suite, row, 0) in ONCE else seeds
+            running[row] = [pool.submit(one, suite, row, seed) for seed in range(n)]
         for row in rows:
             device, script, arguments, _ = SUITES[suite][row]
             result = {'command': f'python {script}.py {arguments}'.strip(), 'hardware': device_name(device),
                       'torch': torch.__version__, 'commit': commit, 'parallel': parallel}
             if device == 'cuda' and torch.cuda.device_count() > 1:
                 result['hardware'] = f'{torch.cuda.device_count()} {result["hardware"]}'
-            if start := STARTS.get((suite, row)):
-                result['command'] += f' --init_from=out/bench/{"-".join(start)}/<seed>/ckpt.pt'
+            for knob, (where, first, which) in STARTS.get((suite, row), {}).items():
+                seed = '<seed>' if which is None else which
+                result['command'] += f' --{knob}=out/bench/{where}-{first}/{seed}/ckpt.pt'
             try:
                 result['runs'] = [future.result() for future in running[row]]
             except ChildProcessError as error:
@@ -399,6 +441,237 @@ def measure(suite, rows):
                          lambda path, result=result: path.write_text(json.dumps(result, indent=1) + '\n'))
     if failed:
         fail('; '.join(failed))
+
+
+# ---- speed ----------------------------------------------------------------------------------------------------------
+
+def timed(function, repeats=5):
+    """Seconds that a function takes, `repeats` times after a first one, with whatever it leaves the GPU to do."""
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:]
+
+
+def speeds(ways, tokens, repeats=5, **more):
+    """
+    For each of some ways to do the same, {name: function}: seconds, as timed, tokens per second by their median, and
+    the most memory that it takes.
+    """
+    found = {}
+    for name, function in ways.items():
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        seconds = timed(function, repeats)
+        found[name] = {'seconds': seconds, 'tokens_per_second': tokens / median(seconds), **more}
+        if torch.cuda.is_available():
+            found[name]['peak_memory_mb'] = round(torch.cuda.max_memory_allocated() / 2**20)
+        print(name, json.dumps(found[name]), flush=True)
+    return found
+
+
+def nano_model(**shape):
+    """The model of a checkout of nanoGPT, from scratch, in bfloat16."""
+    spec = importlib.util.spec_from_file_location('nanogpt_model', Path(nanogpt) / 'model.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.GPT(module.GPTConfig(vocab_size=50304, bias=True, **shape)).cuda()
+
+
+def speed_think(n_prompts, length=64, T=32):
+    """Thoughts after prompts by a GPT-2 of 124M parameters in bfloat16, the prompts' reading included."""
+    torch.manual_seed(0)
+    config = ThinkingModelConfig(d_thought_vocab=64, tie_weights=True)
+    model = GPT2Thinking(config).cuda().bfloat16().eval()
+    prompt = torch.randint(50257, (n_prompts, length), device='cuda')
+    noise = torch.rand(n_prompts, T, device='cuda')
+
+    def think(prompt, noise):
+        return model.think(prompt, T, noise=noise).tokens
+
+    as_graph = recorded(think)
+    as_graph(prompt, noise)
+    assert torch.equal(as_graph(prompt, noise), think(prompt, noise))
+    ways = {'all read again for every thought': lambda: model.think(prompt, T, noise=noise, use_cache=False),
+            'KV cache': lambda: think(prompt, noise), 'KV cache, one CUDA graph': lambda: as_graph(prompt, noise)}
+    if importlib.util.find_spec('transformers'):
+        import transformers
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).cuda().bfloat16().eval()
+        ways[f'transformers {transformers.__version__}'] = lambda: theirs.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=T, min_new_tokens=T, do_sample=True, top_k=0,
+            pad_token_id=0)
+    if nanogpt:
+        nano = nano_model(block_size=1024).bfloat16().eval()
+        ways['nanoGPT'] = lambda: nano.generate(prompt, T)
+    return speeds(ways, n_prompts * T, repeats=3)
+
+
+def speed_train(batch=32, length=1024):
+    """
+    Training steps of a GPT-2 of 124M parameters, bfloat16: as supervised_rollout_think.py makes them, compiled or not,
+    and by nanoGPT's model and optimiser.
+    """
+    torch.manual_seed(0)
+    tokens, targets = torch.randint(50257, (2, batch, length), device='cuda')
+    flops = 6 * 124e6 + 12 * 12 * 768 * length      # per token, as nanoGPT counts
+    torch.set_float32_matmul_precision('high')
+
+    def stepper(model, optimizer, loss):
+        def step():
+            with torch.autocast('cuda', torch.bfloat16):
+                value = loss(tokens, targets)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+            optimizer.step()
+            optimizer.zero_grad()
+        return lambda: [step() for _ in range(5)]
+
+    def ours(wrap):
+        model = GPT2(ModelConfig()).cuda()
+        return stepper(model, make_optimizer(model, 1e-4, .1), wrap(model.loss))
+
+    found = {}
+    makers = {'eager': lambda: ours(lambda loss: loss), 'compiled': lambda: ours(torch.compile)}
+    if nanogpt:
+        def theirs():
+            model = nano_model(block_size=length)
+            optimizer = model.configure_optimizers(.1, 1e-4, (.9, .95), 'cuda')
+            compiled = torch.compile(model)
+            return stepper(model, optimizer, lambda x, y: compiled(x, y)[1])
+        makers['nanoGPT, compiled'] = theirs
+    for name, make in makers.items():
+        found |= speeds({name: make()}, 5 * batch * length)
+        found[name]['mfu'] = found[name]['tokens_per_second'] * flops / (peak_flops(torch.device('cuda')) or math.nan)
+    return found
+
+
+def speed_blind(arguments, ways, n=64 * 32):
+    """Steps of add_think_blind.py, by its own log; the policies do not learn, so that they go on to explore."""
+    found = {}
+    for name, more in ways.items():
+        folder = ROOT / f'out/bench/speed/{len(found)}'
+        command = [sys.executable, 'add_think_blind.py', *arguments.split(), *more.split(), f'--out_dir={folder}',
+                   '--learning_rate=0', '--learning_rate_answer=0', '--max_steps=301', '--eval_every=1000',
+                   '--eval_questions=100', '--log_every=50']
+        line = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True).stdout
+                          .splitlines()[-1])
+        log = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+        clock = [entry['seconds'] for entry in log if 'entropy' in entry][1:]
+        seconds = [(after - before) / 50 for before, after in itertools.pairwise(clock)]
+        found[name] = {'seconds': seconds, 'tokens_per_second': n / median(seconds),
+                       'peak_memory_mb': line['peak_memory_mb']}
+        print(name, json.dumps(found[name]), flush=True)
+    return found
+
+
+def speed_plain(M, T, d_model, L=10, n_questions=64, G=32):
+    """The same step written down plainly: no cache, every rollout read by itself."""
+    shape = dict(block_size=T + 1, n_layer=2, n_head=4, d_model=d_model, init='unit', tie_weights=False,
+                 d_normal_vocab=M, d_thought_vocab=L)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    thinking = GPT2Thinking(ThinkingModelConfig(**shape, output_kind='thought')).to(device)
+    answering = GPT2Thinking(ThinkingModelConfig(**shape, input_kind='thought', output_kind='normal')).to(device)
+    optimizers = [make_optimizer(model, 0., 0.) for model in (thinking, answering)]
+
+    def step():
+        question = torch.randint(M, (n_questions, 2), device=device)
+        thoughts = thinking.think(question, T, n_rollouts=G, use_cache=False).tokens            # (n_questions G, T)
+        every = question.repeat_interleave(G, dim=0)
+        log_q = answering.answer(thoughts).log_softmax(-1).gather(1, (every.sum(1) % M)[:, None]).view(-1, G)
+        weights = advantages(log_q.detach(), 'grpo')
+        positive = weights.clamp(min=0) + 1e-9
+        log_pi, entropy = (x.sum(1).view(-1, G) for x in thinking.thought_log_probs(every, thoughts, entropy=True))
+        (-(weights * log_pi).sum(1).mean() - (positive / positive.sum(1, keepdim=True) * log_q).sum(1).mean()
+         - 0 * entropy.mean()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return speeds({'eager, no cache, every rollout by itself': step}, n_questions * G, repeats=20)
+
+
+def speed_trl(n_prompts=64, G=32):
+    """
+    Steps of GRPO by TRL: 64 questions x 32 rollouts of two tokens, a model of two layers of 64 dimensions, one thread
+    of a CPU; beside ours of the same size.
+    """
+    import datasets
+    import transformers
+    import trl
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = {**{str(i): i for i in range(100)}, **{f'think{i}': 100 + i for i in range(10)}, '<end>': 110}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token='<end>'))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<end>', pad_token='<end>')
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=111, n_positions=8, n_embd=64, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=110,
+        pad_token_id=110))
+    clock = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            clock.append(time.perf_counter())
+
+    trl.GRPOTrainer(
+        model=model, processing_class=tokenizer, callbacks=[Clock()],
+        reward_funcs=lambda completions, **_: [float(len(text) % 2) for text in completions],
+        train_dataset=datasets.Dataset.from_dict({'prompt': [f'{a} {b}' for a in range(100) for b in range(100)]}),
+        args=trl.GRPOConfig(output_dir=ROOT / 'out/bench/speed/trl', per_device_train_batch_size=n_prompts * G,
+                            num_generations=G, max_completion_length=2, max_steps=12, report_to=[], use_cpu=True,
+                            beta=0., save_strategy='no', disable_tqdm=True, bf16=False, learning_rate=0.)).train()
+    seconds = [after - before for before, after in itertools.pairwise(clock)]
+    return {f'TRL {trl.__version__}': {'seconds': seconds, 'tokens_per_second': n_prompts * G / median(seconds)}}
+
+
+BLIND = '--search=False --advantage=grpo --batch_size=64 --group_size=32 --n_layer=2 --n_head=4'
+FIVE = f'{BLIND} --input_max=500 --think_len=3 --d_model=32'
+SPEED = {   # row: (device, what is timed, what a token is, function)
+    'think-512': ('cuda', 'thoughts, GPT-2 124M, 512 prompts of 64 tokens, 32 thoughts each', 'tokens',
+                  lambda: speed_think(512)),
+    'think-1': ('cuda', 'the same, one prompt', 'tokens', lambda: speed_think(1)),
+    'train': ('cuda', 'five training steps, GPT-2 124M, 32 sequences of 1024 tokens', 'tokens', speed_train),
+    'blind': ('cuda', f'a step of add_think_blind.py {FIVE}', 'rollouts',
+              lambda: speed_plain(500, 3, 32) | speed_blind(FIVE, {'eager': '', 'one CUDA graph': '--compile=True'})),
+    'blind-default': ('cuda', 'a step of add_think_blind.py', 'questions',
+                      lambda: speed_blind('', {'eager': '', 'one CUDA graph': '--compile=True'}, 512)),
+    'blind-cpu': ('cpu', f'a step of add_think_blind.py {FIVE}', 'rollouts',
+                  lambda: speed_plain(500, 3, 32) | speed_blind(FIVE, {'rollouts that are alike read once': ''})),
+    'trl': ('cpu', f'a step of add_think_blind.py {BLIND} --split=False --d_model=64, one thread', 'rollouts',
+            lambda: speed_trl() | speed_blind(f'{BLIND} --split=False --d_model=64', {'ours': ''})),
+}
+
+
+def measure_speed(rows):
+    """Time rows, one after another; write assets/results/speed-<row>.json for each."""
+    for row in rows:
+        device, what, unit, function = SPEED[row]
+        command = f'python bench.py --suite=speed --only={row}'
+        result = {'command': command, 'hardware': device_name(device), 'torch': torch.__version__,
+                  'commit': git_commit(), 'what': what, 'unit': unit, 'runs': function()}
+        write_atomic(RESULTS / f'speed-{row}.json',
+                     lambda path, result=result: path.write_text(json.dumps(result, indent=1) + '\n'))
+
+
+def speed_table():
+    """What was measured of speed, in Markdown."""
+    lines = ['| what | way | milliseconds | per second | memory, MB | MFU | on |', '|' + ' --- |' * 7]
+    for row in SPEED:
+        if (path := RESULTS / f'speed-{row}.json').exists():
+            result = json.loads(path.read_text())
+            what, on = result['what'], f'{result["hardware"]}, torch {result["torch"]}'
+            for name, run in result['runs'].items():
+                milliseconds = [1000 * s for s in run['seconds']]
+                row = (what, name, f'{median(milliseconds):.2f} ({min(milliseconds):.2f} to {max(milliseconds):.2f})',
+                       f'{run["tokens_per_second"]:,.0f} {result["unit"]}', run.get('peak_memory_mb', ''),
+                       f'{run["mfu"]:.3f}' if 'mfu' in run else '', on)
+                lines.append('| ' + ' | '.join(map(str, row)) + ' |')
+                what = on = ''
+    return '\n'.join(lines)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -445,6 +718,15 @@ def columns(suite, runs):
         return {**said, 'depth': spread([run['depth'] for run in runs], 1),
                 'step of .99': f'{spread(reached, 0)}, {len(reached)} of {len(runs)}' if reached else 'never',
                 'seconds': spread([run['seconds'] for run in runs], 0)}
+    if suite in ROLLOUTS:
+        swapped = [{kind: math.exp(loss) for kind, loss in run['ablation'].items() if kind != 'own'} for run in runs]
+        kinds = ('shuffled', 'random', 'constant', 'none')
+        return {name: spread([run[key] for run in runs], n_digits) if key in runs[0] else ''
+                for name, key, n_digits in (('perplexity', 'perplexity', 2), ('distinct-4', 'distinct_4', 3),
+                                            ('repeated 8-grams', 'repeated_8', 4), ('thoughts a token', 'thoughts', 3))
+                } | {'perplexity with thoughts that are shuffled / random / constant / none': ' / '.join(
+                    f'{mean(run[kind] for run in swapped):.2f}' if kind in swapped[0] else '–' for kind in kinds
+                    ) if swapped[0] else '', 'seconds': spread([run['seconds'] for run in runs], 0)}
     if suite in ('text', *TEXTS):
         kinds = ('shuffled', 'random', 'constant', 'none') if runs[0]['above_own'] else ()
         return {'val loss': spread([run['val_loss'] for run in runs], 4),
@@ -498,28 +780,34 @@ def table(suite):
 def write_tables():
     """Put the tables into the README, between their marks."""
     text = (ROOT / 'README.md').read_text()
-    for suite in SUITES:
+    for suite in (*SUITES, 'speed'):
         begin, end = f'<!-- {suite} -->\n', f'<!-- end of {suite} -->'
         if begin not in text or end not in text:
             fail(f'README.md has no marks {begin.strip()} and {end}')
-        text = text[:text.index(begin)] + begin + table(suite) + '\n' + text[text.index(end):]
+        shown = speed_table() if suite == 'speed' else table(suite)
+        text = text[:text.index(begin)] + begin + shown + '\n' + text[text.index(end):]
     write_atomic(ROOT / 'README.md', lambda path: path.write_text(text))
 
 
 # ---- run ------------------------------------------------------------------------------------------------------------
-if suite not in (*SUITES, 'tables'):
-    fail(f'--suite={suite} must be one of {", ".join(SUITES)}, tables')
+if suite not in (*SUITES, 'speed', 'tables'):
+    fail(f'--suite={suite} must be one of {", ".join(SUITES)}, speed, tables')
 if suite != 'tables':
+    every = SPEED if suite == 'speed' else SUITES[suite]
     for row in only.split(',') if only else ():
-        if row not in SUITES[suite]:
-            fail(f'--only={row} must be one of {", ".join(SUITES[suite])}')
+        if row not in every:
+            fail(f'--only={row} must be one of {", ".join(every)}')
     here = 'cuda' if torch.cuda.is_available() else 'cpu'
-    rows = [row for row, (device, *_) in SUITES[suite].items()
+    rows = [row for row, (device, *_) in every.items()
             if (row in only.split(',') if only else device == here)]
-    if here == 'cpu' and (wrong := [row for row in rows if SUITES[suite][row][0] == 'cuda']):
+    if here == 'cpu' and (wrong := [row for row in rows if every[row][0] == 'cuda']):
         fail(f'{", ".join(wrong)} of the {suite} suite must be measured on a GPU')
     if not rows:
         fail(f'no row of the {suite} suite belongs on a machine with {here}')
-    measure(suite, rows)
-    print(table(suite))
+    if suite == 'speed':
+        measure_speed(rows)
+        print(speed_table())
+    else:
+        measure(suite, rows)
+        print(table(suite))
 write_tables()

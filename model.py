@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from utils import digits, need, sample
+from utils import being_recorded, digits, need, sample
 
 REACH = 16      # distances up to which 'relative' positions tell tokens apart
 # up to this many keys, explicit forms of attention are faster: backward passes on a CPU, everything on a GPU
@@ -189,6 +189,35 @@ def attention(q, k, v, bias=None, visible=None, dropout=0.):
     return F.dropout((q @ k.transpose(-2, -1) * q.shape[-1] ** -.5 + mask).softmax(-1), dropout) @ v    # likewise
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """
+    Mean cross-entropy, in nats, of logits x @ weight.T against targets: x (n, d_model), weight (V, d_model), targets
+    (n,). Logits are made and used for CHUNK rows at a time and never all in memory, as their gradient is computed in
+    the forward pass (as in Liger Kernel, Hsu et al. 2024).
+    """
+    CHUNK = 8192
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        loss, grad_x, grad_weight = 0., [], torch.zeros_like(weight)
+        if torch.is_autocast_enabled(x.device.type):
+            x, weight = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight))
+        for rows, target in zip(x.split(LinearCrossEntropy.CHUNK), targets.split(LinearCrossEntropy.CHUNK)):
+            log_p = (rows @ weight.T).float().log_softmax(-1)                               # (CHUNK, V)
+            loss = loss - log_p.gather(-1, target[:, None]).sum()
+            right = torch.arange(len(weight), device=x.device) == target[:, None]
+            grad = ((log_p.exp() - right.float()) / len(x)).to(x.dtype)
+            grad_x.append(grad @ weight)
+            grad_weight += grad.T @ rows
+        ctx.save_for_backward(torch.cat(grad_x), grad_weight)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad * grad_x, grad * grad_weight, None
+
+
 def turns(positions, d_head):
     """Cosines and sines (S, d_head / 2) of the angles by which 'rotary' turns positions (S,) (Su et al. 2021)."""
     rates = 10000. ** -(torch.arange(0, d_head, 2, device=positions.device) / d_head)
@@ -356,6 +385,10 @@ class GPT2(nn.Module):
         """Logits (..., len(among)) of a range of tokens at states (..., d_model)."""
         return F.linear(states, self.lm_head.weight[self.columns(among)])
 
+    def loss(self, tokens, targets):
+        """Mean cross-entropy, in nats, of targets (B, S) as the tokens that follow on tokens (B, S)."""
+        return LinearCrossEntropy.apply(self.hidden(tokens).flatten(0, 1), self.lm_head.weight, targets.flatten())
+
     def forward(self, tokens, cache=None, positions=None):
         """tokens: (B, S). Returns logits (B, S, V), column i for token config.writes[i]. See layers."""
         return self.lm_head(self.hidden(tokens, cache, positions))
@@ -382,39 +415,56 @@ class GPT2(nn.Module):
         are alike so far are read once: faster than the cache for many short rollouts of a prompt.
         Returns a Rollout.
         """
-        N, device = len(prompt) * n_rollouts, prompt.device
-        positions = go_on(positions, prompt.shape[1], n_new, device)                    # (S + n_new,)
-        among = among or self.config.writes
+        N, among = len(prompt) * n_rollouts, among or self.config.writes
         if noise is None:
-            noise = torch.rand(N, n_new, device=device)
-        tokens = torch.full((N, n_new), 0 if stop is None else stop, device=device)
-        log_probs = torch.zeros(N, n_new, device=device)
-        mask = torch.zeros(N, n_new, dtype=torch.bool, device=device)
-        alive = torch.ones(N, dtype=torch.bool, device=device)
-        cache = None
-        if use_cache:
-            cache = KVCache(self.config, len(prompt), prompt.shape[1] + n_new - 1, device, self.wte.weight.dtype)
-        state = self.hidden(prompt, cache, positions[:prompt.shape[1]])[:, -1]
-        state = state.repeat_interleave(n_rollouts, dim=0)                              # (N, d_model)
-        if use_cache:
-            cache.repeat(n_rollouts)
-        sequence = torch.cat([prompt.repeat_interleave(n_rollouts, dim=0), tokens], dim=1)     # (N, S + n_new)
-        for t, end in enumerate(range(prompt.shape[1], sequence.shape[1])):
-            if t and use_cache:
-                state = self.hidden(sequence[:, end - 1:end], cache, positions[end - 1:end])[:, -1]
-            elif t:
-                rows, back = merge_rows(sequence[:, :end]) if merge else (slice(None), slice(None))
-                state = self.hidden(sequence[rows, :end], None, positions[:end])[back, -1]
+            noise = torch.rand(N, n_new, device=prompt.device)
+        alive = torch.ones(N, dtype=torch.bool, device=prompt.device)
+        log_probs, mask = [], []
+
+        def choose(t, state):
+            nonlocal alive
             token, log_prob = sample(self.logits(state, among), noise[:, t], **how)
             token = token + among.start                                     # (N,)
             if stop is not None:
                 token, log_prob = torch.where(alive, token, stop), torch.where(alive, log_prob, 0.)
-            sequence[:, end], log_probs[:, t], mask[:, t] = token, log_prob, alive
+            log_probs.append(log_prob)
+            mask.append(alive)
             if stop is not None:
                 alive = alive & (token != stop)
-                if not alive.any():
-                    break
-        return Rollout(sequence[:, prompt.shape[1]:], log_probs, mask)
+            return token, None if stop is None else alive
+
+        tokens = self.unroll(prompt, n_new, choose, positions, n_rollouts, use_cache, merge)
+        missing = (0, n_new - tokens.shape[1])
+        empty = tokens.new_zeros(N, 0)      # where n_new is 0
+        log_probs, mask = (torch.stack(x, dim=1) if x else empty for x in (log_probs, mask))
+        return Rollout(F.pad(tokens, missing, value=stop or 0), F.pad(log_probs.float(), missing),
+                       F.pad(mask.bool(), missing))
+
+    def unroll(self, prompt, n_new, choose, positions=None, n_rollouts=1, use_cache=True, merge=False):
+        """
+        Continue prompts (B, S) n_rollouts times, side by side, by up to n_new tokens: choose(t, states) is given the
+        states (N, d_model) at the last tokens, and returns the t-th new ones (N,), and which rows are to go on (N,),
+        None: all; it ends when none is. For the rest, see generate. Returns the new tokens (N, T).
+        """
+        S, device, cache = prompt.shape[1], prompt.device, None
+        positions = go_on(positions, S, n_new, device)                                  # (S + n_new,)
+        if use_cache:
+            cache = KVCache(self.config, len(prompt), S + n_new - 1, device, self.wte.weight.dtype)
+        state = self.hidden(prompt, cache, positions[:S])[:, -1].repeat_interleave(n_rollouts, dim=0)   # (N, d_model)
+        if use_cache:
+            cache.repeat(n_rollouts)
+        sequence = prompt.repeat_interleave(n_rollouts, dim=0)
+        for t in range(n_new):
+            if t and use_cache:
+                state = self.hidden(sequence[:, -1:], cache, positions[S + t - 1:S + t])[:, -1]
+            elif t:
+                rows, back = merge_rows(sequence) if merge else (slice(None), slice(None))
+                state = self.hidden(sequence[rows], None, positions[:S + t])[back, -1]
+            token, alive = choose(t, state)
+            sequence = torch.cat([sequence, token[:, None]], dim=1)
+            if alive is not None and not being_recorded(device) and not alive.any():
+                break
+        return sequence[:, S:]
 
     def log_probs(self, prompt, tokens, among=None, entropy=False, merge=False):
         """
@@ -566,10 +616,9 @@ class GPT2Thinking(GPT2):
             end = begun & ~closed & (full | (not fixed))
         else:
             normal, end = full | (not fixed), full & False
-        kinds = torch.stack([normal, ~full & ~closed, end], dim=-1)                         # (..., 3)
-        config = self.config
-        sizes = torch.tensor([config.d_normal_vocab, config.d_thought_vocab, 1], device=kinds.device)
-        return kinds.repeat_interleave(sizes, dim=-1, output_size=config.d_vocab)
+        token, config = torch.arange(self.config.d_vocab, device=full.device), self.config
+        thought = torch.where(token < config.end_thought, (~full & ~closed)[..., None], end[..., None])
+        return torch.where(token < config.d_normal_vocab, normal[..., None], thought)       # (..., d_vocab_total)
 
     @torch.no_grad()
     def write(self, prompt, n_new, think_len, *, fixed=True, close=False, n_rollouts=1, noise=None, text=None,
@@ -582,42 +631,37 @@ class GPT2Thinking(GPT2):
         n_new), normal tokens to write in place of sampled ones. thoughts: shaped as noise, the same for thoughts.
         Returns tokens (N, T) and mask (N, T) of what was written.
         """
-        (B, S), N, config = prompt.shape, len(prompt) * n_rollouts, self.config
+        S, N, config = prompt.shape[1], len(prompt) * n_rollouts, self.config
         longest = n_new * (think_len + 1 + close * (think_len > 0))
         if S + longest - 1 > config.block_size:
             raise ValueError(f'{S} tokens and up to {longest} new ones are more than block_size={config.block_size}')
+        if text is not None and not think_len:
+            return text, torch.ones_like(text, dtype=torch.bool)
         if noise is None:
             noise = torch.rand(N, longest, device=prompt.device)
-        cache = KVCache(config, B, S + longest - 1, prompt.device, self.wte.weight.dtype) if use_cache else None
-        state = self.hidden(prompt, cache)[:, -1].repeat_interleave(n_rollouts, dim=0)      # (N, d_model)
-        if use_cache:
-            cache.repeat(n_rollouts)
-        prompt = prompt.repeat_interleave(n_rollouts, dim=0)
-        tokens = torch.full((N, longest), config.end_thought, device=prompt.device)
-        mask = torch.zeros_like(tokens, dtype=torch.bool)
         n_thoughts, n_normal = torch.zeros(2, N, dtype=torch.long, device=prompt.device)
         closed = torch.zeros(N, dtype=torch.bool, device=prompt.device)
-        for t in range(longest):
-            if t:
-                read = tokens[:, t - 1:t] if use_cache else torch.cat([prompt, tokens[:, :t]], dim=1)
-                state = self.hidden(read, cache)[:, -1]
+        mask = []
+
+        def choose(t, state):
+            nonlocal n_thoughts, n_normal, closed
             may = self.allowed(n_thoughts, closed, think_len, fixed, close)
             bias = torch.zeros_like(may, dtype=torch.float).masked_fill(~may, -torch.inf)
-            mask[:, t] = n_normal < n_new
+            mask.append(n_normal < n_new)
             token = sample(self.logits(state, config.writes), noise[:, t], bias=bias, **how)[0]
             normal = token < config.d_normal_vocab
             if text is not None:
                 token = torch.where(normal, text.gather(1, n_normal.clamp(max=n_new - 1)[:, None])[:, 0], token)
             if thoughts is not None:
                 token = torch.where(normal | (token == config.end_thought), token, thoughts[:, t])
-            tokens[:, t] = torch.where(mask[:, t], token, config.end_thought)
-            normal = normal & mask[:, t]
-            closed = tokens[:, t] == config.end_thought
+            token = torch.where(mask[-1], token, config.end_thought)
+            normal = normal & mask[-1]
+            closed = token == config.end_thought
             n_thoughts = torch.where(normal, 0, n_thoughts + ~closed)
             n_normal = n_normal + normal
-            if not (n_normal < n_new).any():
-                return tokens[:, :t + 1], mask[:, :t + 1]
-        return tokens, mask
+            return token, None if fixed or not think_len else n_normal < n_new
+
+        return self.unroll(prompt, longest, choose, None, n_rollouts, use_cache), torch.stack(mask, dim=1)
 
     def written_log_probs(self, prompt, tokens, think_len, fixed=True, close=False):
         """

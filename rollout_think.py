@@ -27,8 +27,8 @@ import numpy as np
 import torch
 
 from model import GPT2, GPT2Thinking, ModelConfig, find_model, pack
-from utils import (Run, World, advantages, fail, load_checkpoint, load_text, make_optimizer, need, read_knobs, schedule,
-                   show_tokens, user_errors, write_atomic)
+from utils import (Run, World, advantages, fail, load_checkpoint, load_text, make_optimizer, need, read_knobs, recorded,
+                   schedule, show_tokens, user_errors, write_atomic)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -69,6 +69,7 @@ log_every = 1                   # steps between lines of metrics.jsonl
 seed = 0                        # of weights, prefixes and rollouts
 device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'               # 'float32' | 'bfloat16'
+compile = False                 # write as one CUDA graph: faster, where rows do not end early
 init_from = 'scratch'           # scratch, resume, path of a checkpoint (thinking or normal), name or folder of a GPT-2
 page = False                    # write samples.html: texts before and after training, with their thoughts
 eval_only = False               # evaluate, train nothing, write nothing
@@ -221,6 +222,12 @@ def strip(tokens):
     return tokens[normal].view(len(tokens), text_len), place
 
 
+def cut_end(tokens, mask):
+    """Rollouts (N, T) without the columns where all have ended."""
+    n = mask.any(0).sum()
+    return tokens[:, :n], mask[:, :n]
+
+
 def repeats(text, n=4):
     """For each token of texts (N, S), whether it completes n tokens that are in its text already: (N, S)."""
     found = torch.zeros_like(text, dtype=torch.bool)
@@ -231,9 +238,19 @@ def repeats(text, n=4):
     return found
 
 
+def write(prefix, noise):
+    """Rollouts of prefixes (B, prefix_len) by noise (N, longest): tokens (N, T), mask (N, T), as model.write."""
+    return model.write(prefix, text_len, n_rollouts=len(noise) // len(prefix), noise=noise, **RULES, **SAMPLING)
+
+
+def write_real(prefix, real, noise):
+    """Own thoughts, by noise (B, longest), inside the real continuations (B, n) of prefixes (B, prefix_len)."""
+    return model.write(prefix, text_len, noise=noise, text=real, **RULES)
+
+
 def losses(prefix, real, noise, noise_real):
     """The loss of prefixes (B, prefix_len) with rollouts by noise (N, longest), and what to log."""
-    tokens, mask = model.write(prefix, text_len, n_rollouts=G, noise=noise, **RULES, **SAMPLING)
+    tokens, mask = cut_end(*write(prefix, noise))
     many = prefix.repeat_interleave(G, dim=0)
     text, place = strip(tokens)                                                             # (N, n), (N, T)
     log_pi, entropy = model.written_log_probs(many, tokens, **RULES)                        # (N, T)
@@ -255,7 +272,7 @@ def losses(prefix, real, noise, noise_real):
               'repeats': again.float().mean(), 'thoughts': n_thoughts.mean(),
               'reward_std_in_group': rows.std(1, correction=0).mean()}
     if supervised_weight:
-        tokens, mask = model.write(prefix, text_len, noise=noise_real, text=real, **RULES)
+        tokens, mask = cut_end(*write_real(prefix, real, noise_real))
         log_pi, _ = model.written_log_probs(prefix, tokens, **RULES)
         supervised = -log_pi[(tokens < d_vocab) & mask].mean()
         loss, logged['supervised_loss'] = loss + supervised_weight * supervised, supervised.detach()
@@ -287,9 +304,10 @@ def test():
     prefix, real = cut(val_set, starts)
     generator = torch.Generator(world.device).manual_seed(seed)
     noise = torch.rand(len(prefix), longest, generator=generator, device=world.device)
-    tokens, _ = model.write(prefix, text_len, noise=noise, **RULES)
-    found = {'real': describe(prefix, real), 'own': describe(prefix, strip(tokens)[0])}
-    pool = tokens[(tokens >= d_vocab) & (tokens < config.end_thought)]
+    tokens, mask = model.write(prefix, text_len, noise=noise, **RULES)
+    pool = tokens[(tokens >= d_vocab) & (tokens < config.end_thought) & mask]
+    found = {'real': describe(prefix, real),
+             'own': {'thoughts': pool.numel() / prefix.shape[0] / text_len} | describe(prefix, strip(tokens)[0])}
     if len(pool):
         draw_from = torch.rand(noise.shape, generator=generator, device=world.device)
         swaps = {'shuffled': pool[(draw_from * len(pool)).long()],
@@ -350,6 +368,8 @@ def write_page(n=10):
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
+if compile:
+    write, write_real = recorded(write), recorded(write_real)
 n_steps = run.first_step
 for step in run.steps(run.first_step, run.first_step if eval_only else max_steps):
     if step % eval_every == 0:

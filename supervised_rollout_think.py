@@ -199,7 +199,7 @@ def loss_at(states, y, by=model):
 def losses(x, y, noise, bonus):
     """The loss for sequences x (B, S) and next tokens y (B, S) by noise (N, S, T), and what to log: tensors by name."""
     if not think_len:
-        loss = loss_at(model.hidden(x), y).mean()
+        loss = model.loss(x, y)
         return loss, {'loss': loss.detach()}
     n_rollouts = len(noise) // len(x)
     if positions == 'last':

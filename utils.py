@@ -242,6 +242,47 @@ class World:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
 
 
+def being_recorded(device):
+    """Whether a CUDA graph is being recorded, where nothing may wait for the GPU."""
+    return device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
+
+
+def recorded(function):
+    """
+    A function of tensors on a GPU that is run as a CUDA graph: at its second call its kernels are recorded, and from
+    then on all of them are started at once, which saves what launching each of them costs. Tensors must keep their
+    shapes and other arguments their values, and what is returned is overwritten by the next call. What it reads
+    besides, such as weights, must be changed in place. On another device it is the function itself.
+    """
+    graph = given = result = None
+
+    def run(*arguments):
+        nonlocal graph, given, result
+        if arguments[0].device.type != 'cuda':
+            return function(*arguments)
+        if given is None:           # libraries set themselves up
+            given = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                result = function(*given)
+            torch.cuda.current_stream().wait_stream(side)
+            return result
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            # weights that autocast has cast must not be kept for later
+            with torch.cuda.graph(graph), torch.autocast(
+                    'cuda', cache_enabled=False, dtype=torch.get_autocast_dtype('cuda'),
+                    enabled=torch.is_autocast_enabled('cuda')):
+                result = function(*given)
+        for mine, x in zip(given, arguments, strict=True):
+            if isinstance(x, torch.Tensor):
+                mine.copy_(x)
+        graph.replay()
+        return result
+    return run
+
+
 # ---- the run directory ----------------------------------------------------------------------------------------------
 
 def write_atomic(path, write):
@@ -282,6 +323,9 @@ class Run:
         if resumed:
             for optimizer, state in zip(optimizers, resumed['optimizers'], strict=True):
                 optimizer.load_state_dict(state)
+                for group in optimizer.param_groups:
+                    if isinstance(group['lr'], torch.Tensor):
+                        group['lr'] = group['lr'].to(world.device)
             try:
                 world.generator.set_state(resumed['generator'])
             except RuntimeError:
@@ -597,12 +641,18 @@ def load_text(folder):
 
 # ---- optimiser and schedule -----------------------------------------------------------------------------------------
 
-def make_optimizer(model, learning_rate, weight_decay, betas=(.9, .98)):
-    """AdamW that decays matrices and embeddings, and neither biases nor norms; schedule() sets the learning rate."""
+def make_optimizer(model, learning_rate, weight_decay, betas=(.9, .98), recorded=False):
+    """
+    AdamW that decays matrices and embeddings, and neither biases nor norms; schedule() sets the learning rate.
+    recorded: its steps may be part of a CUDA graph.
+    """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=matrices[0].device.type != 'mps')
+    device = matrices[0].device
+    recorded = recorded and device.type == 'cuda'
+    return torch.optim.AdamW(groups, lr=torch.tensor(learning_rate, device=device) if recorded else learning_rate,
+                             betas=betas, fused=device.type != 'mps', capturable=recorded)
 
 
 def schedule(optimizer, learning_rate, step, max_steps, warmup_steps, cosine=False):
@@ -612,7 +662,10 @@ def schedule(optimizer, learning_rate, step, max_steps, warmup_steps, cosine=Fal
         done = max(0, step - warmup_steps) / max(1, max_steps - warmup_steps)
         factor = min((step + 1) / (warmup_steps + 1), .55 + .45 * math.cos(math.pi * done))
     for group in optimizer.param_groups:
-        group['lr'] = learning_rate * factor
+        if isinstance(group['lr'], torch.Tensor):
+            group['lr'].fill_(learning_rate * factor)
+        else:
+            group['lr'] = learning_rate * factor
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------

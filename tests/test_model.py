@@ -1,6 +1,7 @@
 """model.py: agreement with transformers, fast paths against slow ones, causality, masks, growing."""
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 import model as model_file
@@ -476,3 +477,19 @@ def test_a_gate_starts_at_what_is_known_without_thoughts():
     torch.testing.assert_close(thought[1.], plain + thought[None])
     with pytest.raises(ValueError, match='9 tokens and 4 thoughts are more than block_size=12'):
         model.think_everywhere(tokens, torch.rand(3, 9, 4))
+
+
+def test_loss_in_chunks_is_the_loss(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT2(ModelConfig(d_vocab=50, block_size=9, n_layer=1, n_head=2, d_model=8))
+    tokens, targets = torch.randint(50, (2, 5, 9))
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    slow = torch.autograd.grad(3 * expected, list(model.parameters()))
+    for chunk in (7, 8192):
+        monkeypatch.setattr('model.LinearCrossEntropy.CHUNK', chunk)
+        loss = model.loss(tokens, targets)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+        for ours, grad in zip(torch.autograd.grad(3 * loss, list(model.parameters())), slow, strict=True):
+            torch.testing.assert_close(ours, grad, atol=1e-6, rtol=0)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert model.loss(tokens, targets).item() == pytest.approx(expected.item(), abs=.02)
