@@ -153,7 +153,7 @@ ROLLOUTS = {    # suite: (knobs of all rows, of start and reference, steps of st
     'rollouts': ('--data=data/novels_char --batch_size=16 --eval_prefixes=256 --max_steps=500 --eval_every=50',
                  '--data=data/novels_char', 1000, 4000),
     'rollouts-words': ('--data=data/novels --eval_prefixes=128 --max_steps=100 --eval_every=20', '--data=data/novels',
-                       1000, 3000),
+                       1000, 2000),
 }
 START = ('--think_len=0 --n_layer=6 --n_head=6 --d_model=384 --text_len=128 --batch_size=64 --learning_rate=1e-3 '
          '--weight_decay=0 --dtype=bfloat16 --eval_sequences=500 --log_every=50')
@@ -432,10 +432,13 @@ def measure(suite, rows):
             for knob, (where, first, which) in STARTS.get((suite, row), {}).items():
                 seed = '<seed>' if which is None else which
                 result['command'] += f' --{knob}=out/bench/{where}-{first}/{seed}/ckpt.pt'
-            try:
-                result['runs'] = [future.result() for future in running[row]]
-            except ChildProcessError as error:
-                failed.append(str(error))
+            result['runs'] = []
+            for future in running[row]:
+                try:
+                    result['runs'].append(future.result())
+                except ChildProcessError as error:
+                    failed.append(str(error))
+            if not result['runs']:
                 continue
             write_atomic(RESULTS / f'{suite}-{row}.json',
                          lambda path, result=result: path.write_text(json.dumps(result, indent=1) + '\n'))

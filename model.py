@@ -163,6 +163,11 @@ class GrowingCache:
         self.kv = {layer: kv.repeat_interleave(n, dim=1) for layer, kv in self.kv.items()}
         return self
 
+    def select(self, rows):
+        """Only these rows (n,), in this order, each perhaps several times."""
+        self.kv = {layer: kv[:, rows] for layer, kv in self.kv.items()}
+        return self
+
 
 def attention(q, k, v, bias=None, visible=None, dropout=0.):
     """
@@ -171,7 +176,7 @@ def attention(q, k, v, bias=None, visible=None, dropout=0.):
     dropout: share of the weights that are dropped.
     """
     n_query, n_key = q.shape[2], k.shape[2]
-    tiny = n_key <= TINY and (q.is_cuda or q.requires_grad and n_query > 1)
+    tiny = n_key <= TINY and (q.is_cuda or q.requires_grad)
     if not tiny and bias is None and visible is None and n_query in (1, n_key):
         return F.scaled_dot_product_attention(q, k, v, is_causal=n_query > 1, dropout_p=dropout)
     mask = visible
@@ -199,16 +204,18 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        loss, grad_x, grad_weight = 0., [], torch.zeros_like(weight)
+        loss, grad_x, grad_weight, V = 0., [], torch.zeros_like(weight), len(weight)
         if torch.is_autocast_enabled(x.device.type):
             x, weight = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight))
+        more = -V % 64 if x.is_cuda else 0      # rows of a round length are multiplied faster there
+        weight = F.pad(weight, (0, 0, 0, more))
         for rows, target in zip(x.split(LinearCrossEntropy.CHUNK), targets.split(LinearCrossEntropy.CHUNK)):
-            log_p = (rows @ weight.T).float().log_softmax(-1)                               # (CHUNK, V)
+            log_p = (rows @ weight.T)[:, :V].float().log_softmax(-1)                        # (CHUNK, V)
             loss = loss - log_p.gather(-1, target[:, None]).sum()
-            right = torch.arange(len(weight), device=x.device) == target[:, None]
-            grad = ((log_p.exp() - right.float()) / len(x)).to(x.dtype)
+            right = torch.arange(V, device=x.device) == target[:, None]
+            grad = F.pad(((log_p.exp() - right.float()) / len(x)).to(x.dtype), (0, more))
             grad_x.append(grad @ weight)
-            grad_weight += grad.T @ rows
+            grad_weight += (grad.T @ rows)[:V]
         ctx.save_for_backward(torch.cat(grad_x), grad_weight)
         return loss / len(x)
 
@@ -290,6 +297,24 @@ def merge_rows(tokens):
         which = (which * (tokens.max() + 1) + column).unique(return_inverse=True)[1]
     one = torch.empty_like(which[:which.max() + 1])
     return one.scatter_(0, which, torch.arange(len(which), device=which.device)), which
+
+
+class Tree:
+    """Reads rows of tokens bit by bit, those that are alike so far once. Gradients pass."""
+
+    def __init__(self, model):
+        self.model, self.cache, self.which = model, GrowingCache(), None
+
+    def read(self, tokens, positions):
+        """
+        Go on to the end of tokens (N, S), at positions (S,). Returns states (n, d_model) at the last of them, of the n
+        rows that are not alike, and (N,) which of these each row is.
+        """
+        rows, which = merge_rows(tokens)
+        if self.which is not None:
+            self.cache.select(self.which[rows])
+        self.which, new = which, slice(self.cache.length, tokens.shape[1])
+        return self.model.hidden(tokens[rows, new], self.cache, positions[new])[:, -1], which
 
 
 def go_on(positions, n_prompt, n_new, device):
@@ -446,20 +471,23 @@ class GPT2(nn.Module):
         states (N, d_model) at the last tokens, and returns the t-th new ones (N,), and which rows are to go on (N,),
         None: all; it ends when none is. For the rest, see generate. Returns the new tokens (N, T).
         """
-        S, device, cache = prompt.shape[1], prompt.device, None
+        S, device, cache, tree = prompt.shape[1], prompt.device, None, Tree(self) if merge else None
         positions = go_on(positions, S, n_new, device)                                  # (S + n_new,)
-        if use_cache:
+        if use_cache and not merge:
             cache = KVCache(self.config, len(prompt), S + n_new - 1, device, self.wte.weight.dtype)
-        state = self.hidden(prompt, cache, positions[:S])[:, -1].repeat_interleave(n_rollouts, dim=0)   # (N, d_model)
-        if use_cache:
-            cache.repeat(n_rollouts)
         sequence = prompt.repeat_interleave(n_rollouts, dim=0)
         for t in range(n_new):
-            if t and use_cache:
+            if merge:
+                states, which = tree.read(sequence, positions[:S + t])
+                state = states[which]                                                   # (N, d_model)
+            elif t == 0:
+                state = self.hidden(prompt, cache, positions[:S])[:, -1].repeat_interleave(n_rollouts, dim=0)
+                if use_cache and n_rollouts > 1:
+                    cache.repeat(n_rollouts)
+            elif use_cache:
                 state = self.hidden(sequence[:, -1:], cache, positions[S + t - 1:S + t])[:, -1]
-            elif t:
-                rows, back = merge_rows(sequence) if merge else (slice(None), slice(None))
-                state = self.hidden(sequence[rows], None, positions[:S + t])[back, -1]
+            else:
+                state = self.hidden(sequence, None, positions[:S + t])[:, -1]
             token, alive = choose(t, state)
             sequence = torch.cat([sequence, token[:, None]], dim=1)
             if alive is not None and not being_recorded(device) and not alive.any():
@@ -474,12 +502,18 @@ class GPT2(nn.Module):
         time where many rollouts of a prompt are short.
         """
         among = among or self.config.writes
-        read = torch.cat([prompt, tokens[:, :-1]], dim=1)
-        rows, back = merge_rows(read) if merge else (slice(None), slice(None))
-        states = self.hidden(read[rows])[:, prompt.shape[1] - 1:]                           # (rows, T, d_model)
-        log_p = self.logits(states, among).float().log_softmax(-1)                          # (rows, T, tokens)
-        chosen = log_p[back].gather(-1, (tokens - among.start)[..., None])[..., 0]
-        return (chosen, -(log_p.exp() * log_p).sum(-1)[back]) if entropy else chosen
+        read, S = torch.cat([prompt, tokens[:, :-1]], dim=1), prompt.shape[1]
+        if merge:
+            tree, positions = Tree(self), torch.arange(read.shape[1], device=read.device)
+            steps = [tree.read(read[:, :end], positions[:end]) for end in range(S, read.shape[1] + 1)]
+            parts = [(self.logits(states, among).float().log_softmax(-1), which) for states, which in steps]
+            log_p = torch.stack([part[which] for part, which in parts], dim=1)              # (N, T, tokens)
+            entropies = torch.stack([-(part.exp() * part).sum(-1)[which] for part, which in parts], dim=1)
+        else:
+            log_p = self.logits(self.hidden(read)[:, S - 1:], among).float().log_softmax(-1)
+            entropies = -(log_p.exp() * log_p).sum(-1)
+        chosen = log_p.gather(-1, (tokens - among.start)[..., None])[..., 0]
+        return (chosen, entropies) if entropy else chosen
 
     # ---- weights from and to Hugging Face
 
