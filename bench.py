@@ -685,6 +685,13 @@ def spread(values, n_digits):
     return low if low == high else f'{mean(values):.{n_digits}f} ({low} to {high})'
 
 
+def curve(runs, name, n_digits):
+    """A number at the evaluations of some runs, their mean, at six of the steps."""
+    steps = runs[0]['curve']['step']
+    shown = sorted({round(i * (len(steps) - 1) / 5) for i in range(6)})
+    return ', '.join(f'{steps[i]}: {mean(run["curve"][name][i] for run in runs):.{n_digits}f}' for i in shown)
+
+
 def columns(suite, runs):
     """What a suite's table says of the runs of a row: {heading: text}."""
     if suite == 'origin':
@@ -722,14 +729,18 @@ def columns(suite, runs):
                 'step of .99': f'{spread(reached, 0)}, {len(reached)} of {len(runs)}' if reached else 'never',
                 'seconds': spread([run['seconds'] for run in runs], 0)}
     if suite in ROLLOUTS:
+        said = {}
+        for name, key, n_digits in (('perplexity', 'perplexity', 2), ('distinct-4', 'distinct_4', 3),
+                                    ('repeated 8-grams', 'repeated_8', 4), ('thoughts a token', 'thoughts', 3)):
+            said[name] = spread([run[key] for run in runs], n_digits) if key in runs[0] else ''
+            if key in ('perplexity', 'distinct_4'):
+                said[f'{name} by step'] = curve(runs, key, n_digits - 1) if 'curve' in runs[0] else ''
         swapped = [{kind: math.exp(loss) for kind, loss in run['ablation'].items() if kind != 'own'} for run in runs]
         kinds = ('shuffled', 'random', 'constant', 'none')
-        return {name: spread([run[key] for run in runs], n_digits) if key in runs[0] else ''
-                for name, key, n_digits in (('perplexity', 'perplexity', 2), ('distinct-4', 'distinct_4', 3),
-                                            ('repeated 8-grams', 'repeated_8', 4), ('thoughts a token', 'thoughts', 3))
-                } | {'perplexity with thoughts that are shuffled / random / constant / none': ' / '.join(
-                    f'{mean(run[kind] for run in swapped):.2f}' if kind in swapped[0] else '–' for kind in kinds
-                    ) if swapped[0] else '', 'seconds': spread([run['seconds'] for run in runs], 0)}
+        said['perplexity with thoughts that are shuffled / random / constant / none'] = ' / '.join(
+            f'{mean(run[kind] for run in swapped if kind in run):.2f}' if any(kind in run for run in swapped) else '–'
+            for kind in kinds) if swapped[0] else ''
+        return {**said, 'seconds': spread([run['seconds'] for run in runs], 0)}
     if suite in ('text', *TEXTS):
         kinds = ('shuffled', 'random', 'constant', 'none') if runs[0]['above_own'] else ()
         return {'val loss': spread([run['val_loss'] for run in runs], 4),

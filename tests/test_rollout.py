@@ -243,6 +243,7 @@ def test_models_that_do_not_fit_are_refused(run_here, tmp_path):
                           ([f'--reference={TEXT.name}/other.pt'], 'no model called model, but other'),
                           ([f'--reference={tmp_path}/none/here'], 'no reference model at'),
                           (['--init_from=scratch', '--text_len=13'], 'reads 16 tokens, too few'),
+                          ([f'--init_from={tmp_path}/none/here'], 'no GPT-2 weights at'),
                           (['--prefix_len=99999'], 'a smaller')):
         code, _, err = run_here(SCRIPT, *start, *more)
         assert code == 2 and message in err and err.count('\n') == 1, err

@@ -137,6 +137,18 @@ def test_help_prints_the_knobs(script, run_here):
     assert code == 0 and '\nbatch_size = ' in out and f'python {script}.py' in out
 
 
+def test_a_step_as_a_graph_is_the_step(run_here, tmp_path):
+    """Candidates are not merged then: the same up to the last digits."""
+    for more in ([], ['--search=False', '--advantage=grpo'], ['--search=False', '--advantage=rloo', '--fixed=False']):
+        logs = []
+        for compiled in (False, True):
+            folder = tmp_path / f'{len(more)}{more[-1:]}{compiled}'
+            code, _, err = run_here('add_think_blind', f'--out_dir={folder}', f'--compile={compiled}', *more)
+            assert code == 0, err
+            logs.append([line['thinking_loss'] for line in metrics(folder) if 'thinking_loss' in line])
+        assert logs[0] == pytest.approx(logs[1], abs=1e-4)
+
+
 def test_wandb_offline(tmp_path):
     pytest.importorskip('wandb')
     run('rollout_think', f'--out_dir={tmp_path}/a', '--wandb_mode=offline', env={'WANDB_SILENT': 'true'})
@@ -636,6 +648,7 @@ def test_bad_input_of_one_script(run_here, tmp_path):
             '--tau=0': 'must be between', '--temperature=0': 'must be between', '--top_p=2': 'must be between',
             '--epsilon=1.5': 'must be between 0', '--advantage=ppo': 'must be one of balanced, softmax, best, grpo',
             '--advantage=grpo': 'needs rollouts: --search=False', '--answer_on=written': 'needs rollouts',
+            '--compile=True --search=False': 'needs steps that are alike',
             '--search=False --advantage=rloo --group_size=1': 'must be at least 2',
             '--split=False --frozen=thinking': 'needs two models', '--super=True --d_thought_vocab=6': 'make no digits',
             '--clean=True --d_thought_vocab=6': 'make no digits',

@@ -330,3 +330,32 @@ def test_config_of_a_thinker_names_its_tokens():
     config = GPT2Thinking(ThinkingModelConfig(d_normal_vocab=10, d_thought_vocab=3, block_size=4, n_layer=1, n_head=1,
                                               d_model=4)).config
     assert (config.d_vocab_total, config.end_thought, config.reads) == (14, 13, range(14))
+
+
+# ---- CUDA graphs
+
+def test_recorded_is_the_function_itself_without_a_gpu():
+    calls = []
+    run = utils.recorded(lambda x, factor: calls.append(1) or factor * x)
+    for n in (2, 3):
+        assert torch.equal(run(torch.ones(n), 5), torch.full((n,), 5.)) and len(calls) == n - 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_recorded_steps_are_the_steps_on_a_gpu():
+    def train(wrap):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4, device='cuda')
+        optimizer = make_optimizer(model, 1e-2, .1, recorded=True)
+
+        def update(x):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return model.weight.detach().clone()
+        update = wrap(update)
+        for step in range(5):
+            schedule(optimizer, 1e-2, step, 5, 2)
+            weight = update(torch.full((3, 4), float(step), device='cuda'))
+        return weight.clone()
+    torch.testing.assert_close(train(utils.recorded), train(lambda function: function))
