@@ -10,6 +10,7 @@ and are compared with each other at the same normal token. The same without thou
     python supervised_rollout_think.py --think_len=0                                    # a model to start from
     python rollout_think.py --init_from=out/supervised_rollout_think/think_len=0/ckpt.pt --reference=<a better one>.pt
     python rollout_think.py --init_from=... --reference=... --think_len=0               # the control
+    python rollout_think.py --data=data/novels --init_from=gpt2 --reference=gpt2-xl     # in GPT-2's tokens
     torchrun --standalone --nproc_per_node=2 rollout_think.py --init_from=... --reference=...
 
 Each step: B prefixes from the text, G continuations of each, and the policy gradient (Williams 1992) with the mean of
