@@ -248,7 +248,7 @@ def explore(question, dice, jitter, epsilon):
     """Thoughts (B, G, T) of rollouts for question (B, n_adds), by dice (B G, T) and jitter (B G, tokens) of logits."""
     return thinking.think(
         question, think_len, fixed=fixed, n_rollouts=group_size, noise=dice, bias=logit_noise * jitter,
-        temperature=temperature, top_k=top_k, top_p=top_p, epsilon=epsilon, use_cache=not merge, merge=merge,
+        temperature=temperature, top_k=top_k, top_p=top_p, epsilon=epsilon, merge=merge,
     ).tokens.view(-1, group_size, think_len)
 
 

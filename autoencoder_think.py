@@ -271,7 +271,7 @@ def policy_gradient(x, step):
     noise = world.draw(torch.rand, n_batch, group_size, think_len).flatten(0, 1)
     bias = world.draw(torch.randn, n_batch, group_size, d_thought_vocab).flatten(0, 1) if logit_noise else 0.
     thoughts = thinking.think(x[:, None], think_len, n_rollouts=group_size, noise=noise, bias=logit_noise * bias,
-                              use_cache=False, merge=True).tokens                   # (B G, T)
+                              merge=True).tokens                                    # (B G, T)
     log_pi, entropy = (each.sum(1).view(-1, group_size) for each in thinking.thought_log_probs(
         x.repeat_interleave(group_size)[:, None], thoughts, entropy=True, merge=True))      # (B, G)
 

@@ -436,8 +436,8 @@ class GPT2(nn.Module):
         among: range of tokens to choose from. stop: token after which a row is done.
         how: temperature, top_k, top_p, epsilon and bias (N, tokens to choose from), see utils.sample.
         noise: (N, n_new) uniform in [0, 1), one number decides one token; drawn here when None.
-        use_cache=False reads everything again for each token: the slow reference. With merge as well, rollouts that
-        are alike so far are read once: faster than the cache for many short rollouts of a prompt.
+        use_cache=False reads everything again for each token: the slow reference. merge: rollouts that are alike so
+        far are read once, see Tree, which is faster than the usual cache for many short rollouts of a prompt on a CPU.
         Returns a Rollout.
         """
         N, among = len(prompt) * n_rollouts, among or self.config.writes
@@ -498,22 +498,21 @@ class GPT2(nn.Module):
         """
         Log-probabilities (N, T), with gradient, of tokens (N, T) chosen among a range after prompt (N, S): at
         temperature 1 and of the whole range, whatever the tokens were sampled with. entropy: return as well the
-        entropy (N, T), in nats, of each choice. merge: rows alike up to their last token are read once, which saves
-        time where many rollouts of a prompt are short.
+        entropy (N, T), in nats, of each choice. merge: as in generate.
         """
         among = among or self.config.writes
         read, S = torch.cat([prompt, tokens[:, :-1]], dim=1), prompt.shape[1]
         if merge:
             tree, positions = Tree(self), torch.arange(read.shape[1], device=read.device)
             steps = [tree.read(read[:, :end], positions[:end]) for end in range(S, read.shape[1] + 1)]
-            parts = [(self.logits(states, among).float().log_softmax(-1), which) for states, which in steps]
-            log_p = torch.stack([part[which] for part, which in parts], dim=1)              # (N, T, tokens)
-            entropies = torch.stack([-(part.exp() * part).sum(-1)[which] for part, which in parts], dim=1)
+            parts = [self.logits(states, among).float().log_softmax(-1) for states, _ in steps]
         else:
-            log_p = self.logits(self.hidden(read)[:, S - 1:], among).float().log_softmax(-1)
-            entropies = -(log_p.exp() * log_p).sum(-1)
-        chosen = log_p.gather(-1, (tokens - among.start)[..., None])[..., 0]
-        return (chosen, entropies) if entropy else chosen
+            parts = [self.logits(self.hidden(read)[:, S - 1:], among).float().log_softmax(-1)]
+
+        def every(values):          # (N, T, ...) from those of distinct rows
+            return torch.stack([x[which] for x, (_, which) in zip(values, steps)], dim=1) if merge else values[0]
+        chosen = every(parts).gather(-1, (tokens - among.start)[..., None])[..., 0]
+        return (chosen, every([-(log_p.exp() * log_p).sum(-1) for log_p in parts])) if entropy else chosen
 
     # ---- weights from and to Hugging Face
 
