@@ -176,7 +176,8 @@ def attention(q, k, v, bias=None, visible=None, dropout=0.):
     dropout: share of the weights that are dropped.
     """
     n_query, n_key = q.shape[2], k.shape[2]
-    tiny = n_key <= TINY and (q.is_cuda or q.requires_grad)
+    # of one key, softmax has no gradient: explicit, it would be rounding error, which Adam would blow up
+    tiny = n_key <= TINY and (q.is_cuda or q.requires_grad and n_key > 1)
     if not tiny and bias is None and visible is None and n_query in (1, n_key):
         return F.scaled_dot_product_attention(q, k, v, is_causal=n_query > 1, dropout_p=dropout)
     mask = visible
