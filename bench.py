@@ -364,10 +364,10 @@ def learn(suite, row, seed):
     more = []
     for knob, (where, first, which) in STARTS.get((suite, row), {}).items():
         which = seed if which is None else which
-        checkpoint = ROOT / f'out/bench/{where}-{first}/{which}/ckpt.pt'
+        checkpoint = Path(f'out/bench/{where}-{first}/{which}/ckpt.pt')
         if where == suite and first in running:
             running[first][which].result()
-        elif not checkpoint.exists():
+        elif not (ROOT / checkpoint).exists():
             run(where, first, which, which)
         more.append(f'--{knob}={checkpoint}')
     folder, result = run(suite, row, seed, seed, *more)
