@@ -352,13 +352,10 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
     how = [rows, world.draw(torch.rand, batch_size)]
     if not search_all:
         dice = world.draw(torch.rand, batch_size, group_size, think_len).flatten(0, 1)
-        jitter = world.draw(torch.randn, batch_size, group_size, base).flatten(0, 1) if logit_noise else dice[:, :1]
-        more = dice
-        if search:
-            more = torch.randint(base ** think_len, (dice.shape[0] * world.size,), generator=world.generator,
-                                 device=world.device)
-        now = epsilon * max(0, 1 - step / epsilon_steps) if epsilon_steps else epsilon
-        how += [more, dice, jitter, now]
+        jitter = world.draw(torch.randn, batch_size, group_size, base).flatten(0, 1) if logit_noise else 0.
+        more = torch.randint(base ** think_len, (batch_size * group_size,), generator=world.generator,
+                             device=world.device) if search else None
+        how += [more, dice, jitter, epsilon * max(0, 1 - step / epsilon_steps) if epsilon_steps else epsilon]
     thinking_loss, answering_loss, entropy, chosen = update(*how)
     if step % log_every == 0:
         run.log(step, thinking_loss=thinking_loss.item(), answering_loss=answering_loss.item(),

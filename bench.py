@@ -460,7 +460,7 @@ def timed(function, repeats=5):
     return seconds[1:]
 
 
-def speeds(ways, tokens, repeats=5, **more):
+def speeds(ways, tokens, repeats=5):
     """
     For each of some ways to do the same, {name: function}: seconds, as timed, tokens per second by their median, and
     the most memory that it takes.
@@ -471,7 +471,7 @@ def speeds(ways, tokens, repeats=5, **more):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         seconds = timed(function, repeats)
-        found[name] = {'seconds': seconds, 'tokens_per_second': tokens / median(seconds), **more}
+        found[name] = {'seconds': seconds, 'tokens_per_second': tokens / median(seconds)}
         if torch.cuda.is_available():
             found[name]['peak_memory_mb'] = round(torch.cuda.max_memory_allocated() / 2**20)
         print(name, json.dumps(found[name]), flush=True)
@@ -479,7 +479,7 @@ def speeds(ways, tokens, repeats=5, **more):
 
 
 def nano_model(**shape):
-    """The model of a checkout of nanoGPT, from scratch, in bfloat16."""
+    """The model of a checkout of nanoGPT, from scratch, with its rounded vocabulary of 50304 tokens."""
     spec = importlib.util.spec_from_file_location('nanogpt_model', Path(nanogpt) / 'model.py')
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -589,9 +589,9 @@ def speed_plain(M, T, d_model, L=10, n_questions=64, G=32):
         log_q = answering.answer(thoughts).log_softmax(-1).gather(1, (every.sum(1) % M)[:, None]).view(-1, G)
         weights = advantages(log_q.detach(), 'grpo')
         positive = weights.clamp(min=0) + 1e-9
-        log_pi, entropy = (x.sum(1).view(-1, G) for x in thinking.thought_log_probs(every, thoughts, entropy=True))
-        (-(weights * log_pi).sum(1).mean() - (positive / positive.sum(1, keepdim=True) * log_q).sum(1).mean()
-         - 0 * entropy.mean()).backward()
+        log_pi = thinking.thought_log_probs(every, thoughts).sum(1).view(-1, G)
+        loss = -(weights * log_pi).sum(1).mean()
+        (loss - (positive / positive.sum(1, keepdim=True) * log_q).sum(1).mean()).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -607,6 +607,8 @@ def speed_trl(n_prompts=64, G=32):
     import transformers
     import trl
     from tokenizers import Tokenizer, models, pre_tokenizers
+    torch.set_num_threads(1)
+    os.environ['OMP_NUM_THREADS'] = '1'     # of ours, which follows, as well
     words = {**{str(i): i for i in range(100)}, **{f'think{i}': 100 + i for i in range(10)}, '<end>': 110}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token='<end>'))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
