@@ -11,6 +11,7 @@ Tokens are numbered  0 .. d_normal_vocab-1                   normal tokens (text
 Shapes: B rows (sequences), S positions, H heads, D = d_model / n_head, V tokens that the model can write.
 Names of parameters are those of Hugging Face's GPT2LMHeadModel without the leading "transformer.".
 """
+import contextlib
 import math
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -18,8 +19,15 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from utils import being_recorded, digits, need, sample
+from utils import being_recorded, digits, fused, need, sample
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:     # where there is no GPU
+    triton = None
 
 REACH = 16      # distances up to which 'relative' positions tell tokens apart
 # up to this many keys, explicit forms of attention are faster: backward passes on a CPU, everything on a GPU
@@ -118,29 +126,48 @@ class ThinkingModelConfig(ModelConfig):
 # ---- the network ----------------------------------------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values of the positions a model has already read, in memory reserved once: (layer, 2, B, H, S, D)."""
+    """Keys and values (B, H, S, D) of each layer at the positions a model has already read, in memory reserved once."""
 
     def __init__(self, config, n_rows, n_positions, device=None, dtype=None):
-        shape = (config.n_layer, 2, n_rows, config.n_head, n_positions, config.d_model // config.n_head)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        shape = n_rows, config.n_head, n_positions, config.d_model // config.n_head
+        self.kv = [[torch.empty(shape, device=device, dtype=dtype) for _ in 'kv'] for _ in range(config.n_layer)]
         self.positions = torch.empty(n_positions, dtype=torch.long, device=device)
         self.length = 0     # tokens in it
+        self.on_device = torch.zeros((), dtype=torch.int32, device=device)      # the same, for attend
+        self.fast = triton is not None and self.positions.is_cuda and shape[-1].bit_count() == 1
 
     def place(self, positions):
         """Note the positions (S,) of the tokens to come; return those of all tokens with them. Layers call append."""
         self.positions[self.length:self.length + len(positions)] = positions
         return self.positions[:self.length + len(positions)]
 
+    def grow(self, n):
+        """Count n tokens that all layers have appended."""
+        self.length += n
+        self.on_device += n
+
     def append(self, layer, k, v):
-        """Store k, v (B, H, S, D) behind what is there; return all keys and values so far. GPT2.layers moves length."""
+        """Store k, v (B, H, S, D) behind what is there; return all keys and values so far."""
         end = self.length + k.shape[2]
-        self.kv[layer, 0, :, :, self.length:end] = k
-        self.kv[layer, 1, :, :, self.length:end] = v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+        for kept, new in zip(self.kv[layer], (k, v)):
+            kept[:, :, self.length:end] = new
+        return [kept[:, :, :end] for kept in self.kv[layer]]
+
+    def attend(self, layer, q, k, v):
+        """
+        Append k, v of one token (B, H, 1, D) and attend to all: what attention(q, *append(layer, k, v)) returns, by
+        one kernel that reads keys and values once, as wide as memory allows. Only on a GPU, see fast.
+        """
+        (B, H, _, D), out = q.shape, torch.empty_like(q, memory_format=torch.contiguous_format)
+        if not q.stride() == k.stride() == v.stride():
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        attend_kernel[(B * H,)](q, k, v, *self.kv[layer], out, self.on_device, len(self.positions), *q.stride()[:2], H,
+                                D, block=32, num_warps=1)
+        return out
 
     def repeat(self, n):
         """Every row n times, side by side: one question's cache serves its whole group of rollouts."""
-        self.kv = self.kv.repeat_interleave(n, dim=2)
+        self.kv = [[kept.repeat_interleave(n, dim=0) for kept in layer] for layer in self.kv]
         return self
 
 
@@ -153,6 +180,9 @@ class GrowingCache:
     def place(self, positions):
         self.positions = positions if self.length == 0 else torch.cat([self.positions, positions])
         return self.positions
+
+    def grow(self, n):
+        self.length += n
 
     def append(self, layer, k, v):
         kv = torch.stack([k, v])
@@ -169,6 +199,38 @@ class GrowingCache:
         return self
 
 
+if triton:
+    @triton.jit
+    def attend_kernel(q, k, v, keys, values, out, length, S, stride_row, stride_head, H: tl.constexpr, D: tl.constexpr,
+                      block: tl.constexpr):
+        """One head of one row: see KVCache.attend. Softmax as it goes (Milakov and Gimelshein 2018), in float32."""
+        row, d, n = tl.program_id(0), tl.arange(0, D), tl.load(length)
+        at = row // H * stride_row + row % H * stride_head + d
+        old = row.to(tl.int64) * S * D + d
+        new_k, new_v = tl.load(k + at), tl.load(v + at)
+        tl.store(keys + old + n * D, new_k)
+        tl.store(values + old + n * D, new_v)
+        query = tl.load(q + at).to(tl.float32) / tl.sqrt(D * 1.)
+        top, total, mix = tl.sum(query * new_k.to(tl.float32)), 1., new_v.to(tl.float32)
+        for start in range(0, n, block):
+            s = start + tl.arange(0, block)[:, None]                                        # (block, 1)
+            key = tl.load(keys + old + s * D, s < n, 0.).to(tl.float32)                     # (block, D)
+            value = tl.load(values + old + s * D, s < n, 0.).to(tl.float32)
+            score = tl.where(s < n, tl.sum(query * key, 1, keep_dims=True), -float('inf'))
+            best = tl.maximum(top, tl.max(score))
+            p, keep = tl.exp(score - best), tl.exp(top - best)
+            top, total, mix = best, total * keep + tl.sum(p), mix * keep + tl.sum(p * value, 0)
+        tl.store(out + row * D + d, (mix / total).to(new_v.dtype))
+
+
+def fastest_attention(q):
+    """A context in which PyTorch prefers cuDNN's attention, which trains long sequences fastest on a recent GPU."""
+    if not (q.is_cuda and q.requires_grad and q.dtype is torch.bfloat16):
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                        SDPBackend.MATH], set_priority=True)
+
+
 def attention(q, k, v, bias=None, visible=None, dropout=0.):
     """
     Attention of q (B, H, Sq, D), the last Sq of the Sk tokens, to k and v (B, H, Sk, D). Returns q's shape.
@@ -179,7 +241,8 @@ def attention(q, k, v, bias=None, visible=None, dropout=0.):
     # of one key, softmax has no gradient: explicit, it would be rounding error, which Adam would blow up
     tiny = n_key <= TINY and (q.is_cuda or q.requires_grad and n_key > 1)
     if not tiny and bias is None and visible is None and n_query in (1, n_key):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=n_query > 1, dropout_p=dropout)
+        with fastest_attention(q):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=n_query > 1, dropout_p=dropout)
     mask = visible
     if visible is None:
         mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)  # (Sq, Sk)
@@ -209,12 +272,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):
             x, weight = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight))
         more = -V % 64 if x.is_cuda else 0      # rows of a round length are multiplied faster there
-        weight = F.pad(weight, (0, 0, 0, more))
+        weight, number = F.pad(weight, (0, 0, 0, more)), torch.arange(V + more, device=x.device)
         for rows, target in zip(x.split(LinearCrossEntropy.CHUNK), targets.split(LinearCrossEntropy.CHUNK)):
-            log_p = (rows @ weight.T)[:, :V].float().log_softmax(-1)                        # (CHUNK, V)
+            logits = (rows @ weight.T).float()                                              # (CHUNK, V + more)
+            log_p = (logits.masked_fill(number >= V, -torch.inf) if more else logits).log_softmax(-1)
             loss = loss - log_p.gather(-1, target[:, None]).sum()
-            right = torch.arange(V, device=x.device) == target[:, None]
-            grad = F.pad(((log_p.exp() - right.float()) / len(x)).to(x.dtype), (0, more))
+            grad = ((log_p.exp() - (number == target[:, None]).float()) / len(x)).to(x.dtype)
             grad_x.append(grad @ weight)
             grad_weight += (grad.T @ rows)[:V]
         ctx.save_for_backward(torch.cat(grad_x), grad_weight)
@@ -258,6 +321,8 @@ class Attention(nn.Module):
                    for y in self.c_attn(x).split(d_model, dim=-1))
         if self.config.positions == 'rotary':
             q, k = turn(q, *places), turn(k, *places)
+        if S == 1 and isinstance(cache, KVCache) and cache.fast and self.config.positions != 'relative':
+            return self.c_proj(cache.attend(layer, q, k, v).view(B, S, d_model))
         if cache is not None:
             k, v = cache.append(layer, k, v)
         bias = None
@@ -397,10 +462,18 @@ class GPT2(nn.Module):
         else:
             places = (keys - positions[:, None]).clamp(-REACH, REACH) + REACH           # (S, Sk)
         x = F.dropout(x, self.config.dropout, self.training)
+        if torch.is_autocast_enabled(x.device.type):    # what layers add to takes half the memory and time
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.blocks(x, cache, places, visible)
+        if cache is not None:
+            cache.grow(x.shape[1])
+        return x
+
+    @fused
+    def blocks(self, x, cache, places, visible):
+        """What layers does to embeddings x (B, S, d_model); places: of positions, as Attention takes them."""
         for layer, block in enumerate(self.h):
             x = block(x, layer, cache, places, visible)
-        if cache is not None:
-            cache.length = end
         return self.ln_f(x)
 
     def hidden(self, tokens, cache=None, positions=None):
@@ -508,7 +581,7 @@ class GPT2(nn.Module):
             steps = [tree.read(read[:, :end], positions[:end]) for end in range(S, read.shape[1] + 1)]
             parts = [self.logits(states, among).float().log_softmax(-1) for states, _ in steps]
         else:
-            parts = [self.logits(self.hidden(read)[:, S - 1:], among).float().log_softmax(-1)]
+            steps, parts = None, [self.logits(self.hidden(read)[:, S - 1:], among).float().log_softmax(-1)]
 
         def every(values):          # (N, T, ...) from those of distinct rows
             return torch.stack([x[which] for x, (_, which) in zip(values, steps)], dim=1) if merge else values[0]

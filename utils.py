@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import difflib
 import fcntl
+import functools
 import html
 import importlib
 import itertools
@@ -231,9 +232,13 @@ class World:
         """Average gradients over processes, in place."""
         if self.size > 1:
             grads = [p.grad for p in parameters if p.grad is not None]
-            flat = parameters_to_vector(grads)
-            dist.all_reduce(flat)
-            vector_to_parameters(flat / self.size, grads)
+            if self.device.type == 'cuda':
+                for work in [dist.all_reduce(grad, dist.ReduceOp.AVG, async_op=True) for grad in grads]:
+                    work.wait()
+            else:
+                flat = parameters_to_vector(grads)      # one message: each costs more than a small model's numbers
+                dist.all_reduce(flat)
+                vector_to_parameters(flat / self.size, grads)
 
     def peak_memory_mb(self):
         """Most memory this process has used: of the GPU where there is one, else of the machine."""
@@ -247,14 +252,20 @@ def being_recorded(device):
     return device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
 
 
-def recorded(function):
+def recorded(function, fuse=False):
     """
     A function of tensors on a GPU that is run as a CUDA graph: at its second call its kernels are recorded, and from
     then on all of them are started at once, which saves what launching each of them costs. Tensors must keep their
     shapes and other arguments their values, and what is returned is overwritten by the next call. What it reads
-    besides, such as weights, must be changed in place. On another device it is the function itself.
+    besides, such as weights, must be changed in place. On another device it is the function itself. fuse: see fused.
     """
     graph = given = result = None
+
+    def call():
+        # weights that autocast has cast must not be kept for later
+        with fusing(fuse), torch.autocast('cuda', cache_enabled=False, dtype=torch.get_autocast_dtype('cuda'),
+                                          enabled=torch.is_autocast_enabled('cuda')):
+            return function(*given)
 
     def run(*arguments):
         nonlocal graph, given, result
@@ -265,21 +276,48 @@ def recorded(function):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                result = function(*given)
+                result = call()
             torch.cuda.current_stream().wait_stream(side)
             return result
         if graph is None:
             graph = torch.cuda.CUDAGraph()
-            # weights that autocast has cast must not be kept for later
-            with torch.cuda.graph(graph), torch.autocast(
-                    'cuda', cache_enabled=False, dtype=torch.get_autocast_dtype('cuda'),
-                    enabled=torch.is_autocast_enabled('cuda')):
-                result = function(*given)
+            with torch.cuda.graph(graph):
+                result = call()
         for mine, x in zip(given, arguments, strict=True):
             if isinstance(x, torch.Tensor):
                 mine.copy_(x)
         graph.replay()
         return result
+    return run
+
+
+FUSE = [False]      # whether functions that are fused are to be compiled
+
+
+@contextlib.contextmanager
+def fusing(on):
+    """Compile what is fused inside, or do not."""
+    FUSE.append(on)
+    try:
+        yield
+    finally:
+        FUSE.pop()
+
+
+def fused(function):
+    """
+    A function that is compiled where it is part of a recorded one with fuse=True: what several kernels write and read
+    again is done by one. It takes a while when it is first called with tensors of other shapes. Elsewhere it is itself.
+    """
+    compiled = None
+
+    @functools.wraps(function)
+    def run(*arguments, **more):
+        nonlocal compiled
+        if not FUSE[-1] or torch.compiler.is_compiling():
+            return function(*arguments, **more)
+        compiled = compiled or torch.compile(function, dynamic=False)
+        return compiled(*arguments, **more)
     return run
 
 
@@ -670,6 +708,7 @@ def schedule(optimizer, learning_rate, step, max_steps, warmup_steps, cosine=Fal
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
+@fused
 def sample(logits, noise, temperature=1., top_k=0, top_p=1., epsilon=0., bias=0.):
     """
     Draw one token per row by inverting the distribution function at a uniform number, so that whoever draws the noise
