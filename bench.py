@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,8 +25,8 @@ from statistics import mean, median
 
 import torch
 
-from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig, unpack
-from utils import (advantages, device_name, fail, git_commit, make_optimizer, peak_flops, read_knobs, recorded,
+from model import GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig, unpack
+from utils import (advantages, device_name, fail, git_commit, make_optimizer, need, peak_flops, read_knobs, recorded,
                    write_atomic)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
@@ -53,6 +54,7 @@ SMALL = '--input_max=64 --d_thought_vocab=8 --d_model=64 --n_head=16 --group_siz
 THOUSAND = ('--input_max=1000 --think_len=3 --batch_size=8192 --d_model=256 --n_head=64 --weight_decay=1 '
             '--learning_rate=2e-3 --log_every=50')
 LENGTHS = '--search=False --input_max=64 --d_model=64 --n_head=16 --group_size=4 --max_steps=300 --eval_every=300'
+ADD_LENGTHS = '--max_steps=600 --eval_every=600 --eval_questions=100 --think_cost=0'
 FORMING = '--d_thought_vocab=100 --think_len=1 --max_steps=200 --eval_every=200'
 GUMBEL = ('--method=gumbel --learning_rate=1e-3 --learning_rate_answer=1e-3 --tau=8 --max_steps=4000 --eval_every=100 '
           '--log_every=20')
@@ -213,6 +215,12 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
         'digits-5': ('cuda', 'add_normal', '--encoding=digits --input_min=10000 --input_max=100000 --max_steps=6000',
                      'five digits, highest first'),
     },
+    'reach': {row + ('-gpu' if device == 'cuda' else ''): (device, script, knobs if device == 'cuda' else '', what)
+              for device in ('cpu', 'cuda') for row, script, knobs, what in (
+                  ('normal', 'add_normal', '', 'the control: no thoughts'),
+                  ('blind', 'add_think_blind', '--compile=True', 'the main job'),
+                  ('code', 'autoencoder_think', '', 'two policies and a code'),
+                  ('add', 'add_think', '', 'thoughts that are needed'))},
     'ablation': {
         'whole': ('cuda', 'add_think_blind', '--max_steps=1000', 'the whole recipe'),
         'balance': ('cuda', 'add_think_blind', '--max_steps=1000 --balance_steps=0', 'codes without prices'),
@@ -237,6 +245,8 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
         'to-2': ('cpu', 'add_think_blind', f'{LENGTHS} --d_thought_vocab=8 --think_len=2 --fixed=False', 'up to two'),
         'fixed-5': ('cpu', 'add_think_blind', f'{LENGTHS} --d_thought_vocab=3 --think_len=5', 'five'),
         'to-6': ('cpu', 'add_think_blind', f'{LENGTHS} --d_thought_vocab=3 --think_len=6 --fixed=False', 'up to six'),
+        'add-4': ('cpu', 'add_think', f'{ADD_LENGTHS} --think_len=4', 'four'),
+        'add-to-7': ('cpu', 'add_think', f'{ADD_LENGTHS} --think_len=7 --fixed=False', 'up to seven'),
     },
     'origin': {
         'search': ('cpu', 'add_think_blind', FORMING, ''),
@@ -378,10 +388,14 @@ def learn(suite, row, seed):
     elif 'val_loss' in result:
         pass
     elif 'heldout_accuracy' in result:
-        result['step_of_99'] = next((line['step'] for line in log if line.get('heldout_accuracy', 0) >= .99), None)
+        first = next((line for line in log if line.get('heldout_accuracy', 0) >= .99), {})
+        result |= {'step_of_99': first.get('step'), 'seconds_of_99': first.get('seconds')}
     else:
         first = next((line for line in log if line.get('accuracy') == 1), {})
         result |= {f'{unit}_to_all': first.get(unit) for unit in ('step', 'seconds')}
+        first = next((line for line in log if line.get('accuracy', 0) >= .99), {})
+        result |= {f'{unit}_of_99': first.get(unit) for unit in ('step', 'seconds')}
+    result['batch_size'] = json.loads((folder / 'config.json').read_text())['knobs']['batch_size']
     print(f'{row} {json.dumps(result)}', flush=True)
     return result
 
@@ -460,10 +474,28 @@ def timed(function, repeats=5):
     return seconds[1:]
 
 
+KINDS = {   # of kernels: parts of their names, the first that fits counts
+    'attention': 'flash|fmha|attend|sdpa|cudnn', 'matrices': 'nvjet|gemm|gemv|cutlass|cublas', 'norms': 'layer_norm',
+    'softmax, loss, sampling': 'softmax|sort|scan|argmax|gather', 'GELU': '(?i)gelu', 'optimiser': 'multi_tensor|adam',
+    'copies and casts': '(?i)copy|cat|memcpy|memset|to_copy|index', 'other': ''}
+
+
+def profile(function):
+    """Milliseconds that a function keeps a GPU busy with each of KINDS, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    spent = dict.fromkeys(KINDS, 0.)
+    for event in profiler.key_averages():
+        kind = next(kind for kind, parts in KINDS.items() if re.search(parts, event.key))
+        spent[kind] += event.device_time_total / 1000
+    return {kind: round(milliseconds, 3) for kind, milliseconds in spent.items()}
+
+
 def speeds(ways, tokens, repeats=5):
     """
-    For each of some ways to do the same, {name: function}: seconds, as timed, tokens per second by their median, and
-    the most memory that it takes.
+    For each of some ways to do the same, {name: function}: seconds, as timed, tokens per second by their median, the
+    most memory that it takes, and where the time goes on a GPU.
     """
     found = {}
     for name, function in ways.items():
@@ -474,6 +506,7 @@ def speeds(ways, tokens, repeats=5):
         found[name] = {'seconds': seconds, 'tokens_per_second': tokens / median(seconds)}
         if torch.cuda.is_available():
             found[name]['peak_memory_mb'] = round(torch.cuda.max_memory_allocated() / 2**20)
+            found[name]['profile'] = profile(function)
         print(name, json.dumps(found[name]), flush=True)
     return found
 
@@ -498,11 +531,14 @@ def speed_think(n_prompts, length=64, T=32):
     def think(prompt, noise):
         return model.think(prompt, T, noise=noise).tokens
 
-    as_graph = recorded(think)
-    as_graph(prompt, noise)
+    as_graph, with_fusion = recorded(think), recorded(think, fuse=True)
+    for function in (as_graph, with_fusion):
+        function(prompt, noise)
+        function(prompt, noise)
     assert torch.equal(as_graph(prompt, noise), think(prompt, noise))
     ways = {'all read again for every thought': lambda: model.think(prompt, T, noise=noise, use_cache=False),
-            'KV cache': lambda: think(prompt, noise), 'KV cache, one CUDA graph': lambda: as_graph(prompt, noise)}
+            'KV cache': lambda: think(prompt, noise), 'KV cache, one CUDA graph': lambda: as_graph(prompt, noise),
+            'the same, kernels fused': lambda: with_fusion(prompt, noise)}
     if importlib.util.find_spec('transformers'):
         import transformers
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).cuda().bfloat16().eval()
@@ -554,48 +590,128 @@ def speed_train(batch=32, length=1024):
     return found
 
 
-def speed_blind(arguments, ways, n=64 * 32):
-    """Steps of add_think_blind.py, by its own log; the policies do not learn, so that they go on to explore."""
+def speed_script(script, ways, n, every=50):
+    """
+    Steps of a script with n tokens each, by its own log, for {name: arguments}; those of torchrun stand before a |.
+    """
     found = {}
-    for name, more in ways.items():
+    for name, arguments in ways.items():
+        *torchrun, arguments = arguments.split('|')
         folder = ROOT / f'out/bench/speed/{len(found)}'
-        command = [sys.executable, 'add_think_blind.py', *arguments.split(), *more.split(), f'--out_dir={folder}',
-                   '--learning_rate=0', '--learning_rate_answer=0', '--max_steps=301', '--eval_every=1000',
-                   '--eval_questions=100', '--log_every=50']
+        how = ['-m', 'torch.distributed.run', '--standalone', *torchrun[0].split()] if torchrun else []
+        command = [sys.executable, *how, f'{script}.py', *arguments.split(), f'--out_dir={folder}',
+                   f'--max_steps={6 * every + 1}', '--eval_every=10000', f'--log_every={every}']
         line = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True).stdout
                           .splitlines()[-1])
         log = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-        clock = [entry['seconds'] for entry in log if 'entropy' in entry][1:]
-        seconds = [(after - before) / 50 for before, after in itertools.pairwise(clock)]
+        log = [entry for entry in log if entry.keys() & {'loss', 'thinking_loss'}]
+        seconds = [(after['seconds'] - before['seconds']) / every for before, after in itertools.pairwise(log[1:])]
         found[name] = {'seconds': seconds, 'tokens_per_second': n / median(seconds),
-                       'peak_memory_mb': line['peak_memory_mb']}
+                       'peak_memory_mb': line['peak_memory_mb'], 'last_loss': log[-1].get('loss')}
         print(name, json.dumps(found[name]), flush=True)
     return found
 
 
-def speed_plain(M, T, d_model, L=10, n_questions=64, G=32):
-    """The same step written down plainly: no cache, every rollout read by itself."""
+def speed_blind(arguments, ways, n=64 * 32):
+    """Steps of add_think_blind.py; the policies do not learn, so that they go on to explore."""
+    still = '--learning_rate=0 --learning_rate_answer=0 --eval_questions=100'
+    return speed_script('add_think_blind', {name: f'{arguments} {more} {still}' for name, more in ways.items()}, n)
+
+
+def policy_step(M, T, d_model, L=10, n_questions=64, G=32, merge=False, **how):
+    """
+    A step of policy gradient for both policies, of two layers: a function of questions (n_questions, 2). how: of
+    thoughts, as in generate. merge: rollouts that are alike are read once.
+    """
     shape = dict(block_size=T + 1, n_layer=2, n_head=4, d_model=d_model, init='unit', tie_weights=False,
                  d_normal_vocab=M, d_thought_vocab=L)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     thinking = GPT2Thinking(ThinkingModelConfig(**shape, output_kind='thought')).to(device)
     answering = GPT2Thinking(ThinkingModelConfig(**shape, input_kind='thought', output_kind='normal')).to(device)
-    optimizers = [make_optimizer(model, 0., 0.) for model in (thinking, answering)]
+    optimizers = [make_optimizer(model, 0., 0., recorded=True) for model in (thinking, answering)]
 
-    def step():
-        question = torch.randint(M, (n_questions, 2), device=device)
-        thoughts = thinking.think(question, T, n_rollouts=G, use_cache=False).tokens            # (n_questions G, T)
+    def step(question):
+        thoughts = thinking.think(question, T, n_rollouts=G, merge=merge, **how).tokens         # (n_questions G, T)
         every = question.repeat_interleave(G, dim=0)
         log_q = answering.answer(thoughts).log_softmax(-1).gather(1, (every.sum(1) % M)[:, None]).view(-1, G)
         weights = advantages(log_q.detach(), 'grpo')
         positive = weights.clamp(min=0) + 1e-9
-        log_pi = thinking.thought_log_probs(every, thoughts).sum(1).view(-1, G)
+        log_pi = thinking.thought_log_probs(every, thoughts, merge=merge).sum(1).view(-1, G)
         loss = -(weights * log_pi).sum(1).mean()
         (loss - (positive / positive.sum(1, keepdim=True) * log_q).sum(1).mean()).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return speeds({'eager, no cache, every rollout by itself': step}, n_questions * G, repeats=20)
+    question = torch.randint(M, (n_questions, 2), device=device)
+    return step, question
+
+
+def speed_plain(M, T, d_model):
+    """The same step as in FIVE written down plainly: no cache, every rollout read by itself."""
+    step, question = policy_step(M, T, d_model, use_cache=False)
+    return speeds({'eager, no cache, every rollout by itself': lambda: step(question)}, 64 * 32, repeats=20)
+
+
+def speed_attention(n_rows=512, n=80):
+    """Attention of one token to the 80 before it in 12 layers of GPT-2's size, bfloat16; GB of keys and values."""
+    cache = KVCache(ModelConfig(), n_rows, n + 1, 'cuda', torch.bfloat16)
+    cache.on_device += n
+    cache.length = n
+    q, k, v = torch.randn(n_rows, 3, 12, 1, 64, device='cuda', dtype=torch.bfloat16).unbind(1)
+    for kept in itertools.chain(*cache.kv):
+        kept.normal_()
+
+    def explicit(q, k, v):
+        return (q @ k.transpose(-2, -1) / 8).softmax(-1) @ v
+
+    def by(function, q):
+        return [function(q, *cache.append(layer, k, v)) for layer in range(12)]
+
+    def library(backend):
+        def run(q):
+            with torch.nn.attention.sdpa_kernel(backend):
+                return by(torch.nn.functional.scaled_dot_product_attention, q)
+        return run
+
+    kernels = torch.nn.attention.SDPBackend
+    ways = {'ours, with the copy into the cache': lambda q: [cache.attend(layer, q, k, v) for layer in range(12)],
+            **{name: library(backend) for name, backend in (
+                ('cuDNN', kernels.CUDNN_ATTENTION), ('flash', kernels.FLASH_ATTENTION),
+                ('memory-efficient', kernels.EFFICIENT_ATTENTION))},
+            'two products of matrices': lambda q: by(explicit, q)}
+    exact = by(explicit, q)
+    for name, way in ways.items():
+        for found, right in zip(way(q), exact, strict=True):
+            torch.testing.assert_close(found, right, atol=2e-2, rtol=2e-2)
+        ways[name] = recorded(way)
+        ways[name](q), ways[name](q)
+    return speeds({name: lambda way=way: way(q) for name, way in ways.items()},
+                  12 * 2 * n_rows * 768 * n * 2 / 1e9, repeats=20)
+
+
+def speed_everywhere(S=256, T=4, n_rows=8):
+    """An update by the thoughts of every position of eight sequences: of all at once, and one after another."""
+    model = GPT2Thinking(ThinkingModelConfig(d_normal_vocab=65, d_thought_vocab=64, block_size=S + T, n_layer=6,
+                                             n_head=6, d_model=384)).cuda()
+    tokens, noise = torch.randint(65, (n_rows, S), device='cuda'), torch.rand(n_rows, S, T, device='cuda')
+
+    def at_once():
+        with torch.autocast('cuda', torch.bfloat16):
+            _, log_probs, _, _, last = model.think_everywhere(tokens, noise, readers='own')
+            (log_probs.mean() + model.logits(last, range(65)).mean()).backward()
+
+    def in_turn():
+        for s in range(S):
+            with torch.autocast('cuda', torch.bfloat16):
+                thoughts = model.think(tokens[:, :s + 1], T, noise=noise[:, s]).tokens
+                log_probs, _, logits = model.think_and_answer(tokens[:, :s + 1], thoughts, close=False)
+                (log_probs.mean() + logits.mean()).backward()
+
+    def plain():
+        with torch.autocast('cuda', torch.bfloat16):
+            model.logits(model.hidden(tokens), range(65)).mean().backward()
+    return speeds({'one position after another': in_turn, 'all at once': at_once, 'no thoughts': plain}, n_rows * S * T,
+                  repeats=3)
 
 
 def speed_trl(n_prompts=64, G=32):
@@ -635,15 +751,28 @@ def speed_trl(n_prompts=64, G=32):
 
 BLIND = '--search=False --advantage=grpo --batch_size=64 --group_size=32 --n_layer=2 --n_head=4'
 FIVE = f'{BLIND} --input_max=500 --think_len=3 --d_model=32'
+TWICE = {'eager': '', 'one CUDA graph': '--compile=True', 'the same, kernels fused': '--compile=True --fuse=True'}
+GPT2_124M = ('--data=data/novels --think_len=0 --n_layer=12 --n_head=12 --d_model=768 --text_len=1024 '
+             '--batch_size=64 --dtype=bfloat16 --compile=True --eval_sequences=1')
+EVERYWHERE = ('--thought=token --temperature=1 --think_len=4 --at_once=1 --n_layer=6 '
+              '--n_head=6 --d_model=384 --text_len=256 --batch_size=32 --dtype=bfloat16 --eval_sequences=1')
+BY_TWO = {'one GPU': '--nproc_per_node=1|', 'two GPUs': '--nproc_per_node=2|'}
 SPEED = {   # row: (device, what is timed, what a token is, function)
     'think-512': ('cuda', 'thoughts, GPT-2 124M, 512 prompts of 64 tokens, 32 thoughts each', 'tokens',
                   lambda: speed_think(512)),
     'think-1': ('cuda', 'the same, one prompt', 'tokens', lambda: speed_think(1)),
+    'attention': ('cuda', 'attention of single tokens: 12 layers of GPT-2 124M, 512 rows of 80 tokens', 'GB',
+                  speed_attention),
     'train': ('cuda', 'five training steps, GPT-2 124M, 32 sequences of 1024 tokens', 'tokens', speed_train),
+    'everywhere': ('cuda', 'an update, four thoughts at each of 256 positions, 8 sequences, 6 layers of 384',
+                   'thoughts', speed_everywhere),
+    'two': ('cuda', f'a step of supervised_rollout_think.py {GPT2_124M}', 'tokens', lambda: speed_script(
+        'supervised_rollout_think', {name: how + GPT2_124M for name, how in BY_TWO.items()}, 64 * 1024, 5)),
+    'two-thoughts': ('cuda', f'a step of supervised_rollout_think.py {EVERYWHERE}', 'thoughts', lambda: speed_script(
+        'supervised_rollout_think', {name: how + EVERYWHERE for name, how in BY_TWO.items()}, 32 * 4 * 256 * 4, 5)),
     'blind': ('cuda', f'a step of add_think_blind.py {FIVE}', 'rollouts',
-              lambda: speed_plain(500, 3, 32) | speed_blind(FIVE, {'eager': '', 'one CUDA graph': '--compile=True'})),
-    'blind-default': ('cuda', 'a step of add_think_blind.py', 'questions',
-                      lambda: speed_blind('', {'eager': '', 'one CUDA graph': '--compile=True'}, 512)),
+              lambda: speed_plain(500, 3, 32) | speed_blind(FIVE, TWICE)),
+    'blind-default': ('cuda', 'a step of add_think_blind.py', 'questions', lambda: speed_blind('', TWICE, 512)),
     'blind-cpu': ('cpu', f'a step of add_think_blind.py {FIVE}', 'rollouts',
                   lambda: speed_plain(500, 3, 32) | speed_blind(FIVE, {'rollouts that are alike read once': ''})),
     'trl': ('cpu', f'a step of add_think_blind.py {BLIND} --split=False --d_model=64, one thread', 'rollouts',
@@ -679,6 +808,94 @@ def speed_table():
     return '\n'.join(lines)
 
 
+def profile_table():
+    """Where the time of what speed measured goes on a GPU, in Markdown."""
+    lines = [' | '.join(('| what | way | milliseconds', *KINDS, 'waits |')), '|' + ' --- |' * (len(KINDS) + 4)]
+    for row in SPEED:
+        result = json.loads(path.read_text()) if (path := RESULTS / f'speed-{row}.json').exists() else {'runs': {}}
+        for name, run in result['runs'].items():
+            if 'profile' in run:
+                whole = 1000 * median(run['seconds'])
+                parts = [*run['profile'].values(), max(0., whole - sum(run['profile'].values()))]
+                shares = [f'{100 * part / max(whole, sum(parts)):.0f}%' for part in parts]
+                lines.append(' | '.join((f'| {result["what"]} | {name} | {whole:.1f}', *shares)) + ' |')
+    return '\n'.join(lines)
+
+
+# ---- what a step costs as things grow -------------------------------------------------------------------------------
+
+BASE = {'think_len (T)': 2, 'd_thought_vocab (L)': 10, 'input_max (M)': 100, 'group_size (G)': 16, 'text_len (S)': 64}
+GROW = {'think_len (T)': (1, 2, 4, 8, 16), 'd_thought_vocab (L)': (10, 100, 1000, 10000),
+        'input_max (M)': (100, 1000, 10000), 'group_size (G)': (4, 16, 64, 256),
+        'text_len (S)': (32, 64, 128, 256, 512)}
+
+
+def text_step(S, T=4, n_rows=4):
+    """An update by four thoughts at each of S positions of four sequences, two layers of 64: a function of tokens."""
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    model = GPT2Thinking(ThinkingModelConfig(d_normal_vocab=65, d_thought_vocab=64, block_size=S + T, n_layer=2,
+                                             n_head=4, d_model=64)).to(device)
+    noise = torch.rand(n_rows, S, T, device=device)
+
+    def step(tokens):
+        _, log_probs, _, _, last = model.think_everywhere(tokens, noise)
+        (log_probs.mean() + model.logits(last, range(65)).mean()).backward()
+    return step, torch.randint(65, (n_rows, S), device=device)
+
+
+def measure_scaling():
+    """Milliseconds of a step as one thing grows and the others stay as in BASE: results, and a picture in out/bench."""
+    device, found = 'cuda' if torch.cuda.is_available() else 'cpu', {}
+    for name, values in GROW.items():
+        found[name] = {}
+        for value in values:
+            T, L, M, G, S = (BASE | {name: value}).values()
+            step, given = text_step(S) if 'text' in name else policy_step(M, T, 64, L, G=G, merge=device == 'cpu')
+            step = recorded(step)
+            step(given)
+            seconds = timed(lambda step=step, given=given: step(given), repeats=10)
+            found[name][value] = [round(1000 * s, 3) for s in (median(seconds), min(seconds), max(seconds))]
+            print(name, value, found[name][value], flush=True)
+            del step
+    result = {'command': 'python bench.py --suite=scaling', 'hardware': device_name(device),
+              'torch': torch.__version__, 'commit': git_commit(), 'milliseconds': found}
+    write_atomic(RESULTS / f'scaling-{device}.json',
+                 lambda path: path.write_text(json.dumps(result, indent=1) + '\n'))
+
+
+def scaling_results():
+    """What was measured of scaling, on a CPU and on a GPU."""
+    paths = [RESULTS / f'scaling-{device}.json' for device in ('cpu', 'cuda')]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def draw_scaling():
+    """out/bench/scaling.html, the picture of these results."""
+    subplots = need('plotly.subplots', 'to draw pictures')
+    figure = subplots.make_subplots(1, len(GROW), subplot_titles=list(GROW), shared_yaxes=True)
+    for colour, result in zip(('firebrick', 'teal'), scaling_results()):
+        for column, times in enumerate(result['milliseconds'].values(), 1):
+            figure.add_scatter(x=list(map(int, times)), y=[median for median, *_ in times.values()], row=1, col=column,
+                               name=result['hardware'], line_color=colour, showlegend=column == 1)
+    figure.update_xaxes(type='log', dtick=1)
+    figure.update_yaxes(type='log', dtick=1)
+    figure.update_yaxes(title='milliseconds a step', row=1, col=1)
+    figure.update_layout(width=1200, height=420, legend={'orientation': 'h', 'y': -.15})
+    (ROOT / 'out/bench').mkdir(parents=True, exist_ok=True)
+    figure.write_html(ROOT / 'out/bench/scaling.html')
+
+
+def scaling_table():
+    """What was measured of scaling, in Markdown."""
+    lines = ['| what grows | milliseconds a step | on |', '| --- | --- | --- |']
+    for result in scaling_results():
+        on = f'{result["hardware"]}, torch {result["torch"]}'
+        for name, times in result['milliseconds'].items():
+            lines.append(f'| {name} | {", ".join(f"{value}: {t[0]:.3g}" for value, t in times.items())} | {on} |')
+            on = ''
+    return '\n'.join(lines)
+
+
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 def spread(values, n_digits):
@@ -700,6 +917,12 @@ def columns(suite, runs):
         return {f'another {name}': spread([run[key] for run in runs], 2) for key, name in (
             ('noise', 'draw of questions and noise'), ('thinking', 'thinking policy'),
             ('answering', 'answering policy'))}
+    if suite == 'reach':
+        reached = [run for run in runs if run['step_of_99'] is not None]
+        return {'reach .99': f'{len(reached)} of {len(runs)}',
+                'seconds until then': spread([run['seconds_of_99'] for run in reached], 1) if reached else '',
+                'questions until then': spread([run['step_of_99'] * run['batch_size'] for run in reached], 0)
+                if reached else '', 'seconds in all': spread([run['seconds'] for run in runs], 1)}
     if suite == 'lengths':
         return {'thoughts': spread([run.get('thoughts', run['changed'].get('think_len', 2)) for run in runs], 1),
                 'seconds': spread([run['seconds'] for run in runs], 1)}
@@ -796,19 +1019,23 @@ def table(suite):
 def write_tables():
     """Put the tables into the README, between their marks."""
     text = (ROOT / 'README.md').read_text()
-    for suite in (*SUITES, 'speed'):
+    other = {'speed': speed_table, 'profile': profile_table, 'scaling': scaling_table}
+    for suite in (*SUITES, *other):
         begin, end = f'<!-- {suite} -->\n', f'<!-- end of {suite} -->'
         if begin not in text or end not in text:
             fail(f'README.md has no marks {begin.strip()} and {end}')
-        shown = speed_table() if suite == 'speed' else table(suite)
+        shown = other[suite]() if suite in other else table(suite)
         text = text[:text.index(begin)] + begin + shown + '\n' + text[text.index(end):]
     write_atomic(ROOT / 'README.md', lambda path: path.write_text(text))
 
 
 # ---- run ------------------------------------------------------------------------------------------------------------
-if suite not in (*SUITES, 'speed', 'tables'):
-    fail(f'--suite={suite} must be one of {", ".join(SUITES)}, speed, tables')
-if suite != 'tables':
+if suite not in (*SUITES, 'speed', 'scaling', 'tables'):
+    fail(f'--suite={suite} must be one of {", ".join(SUITES)}, speed, scaling, tables')
+if suite == 'scaling':
+    measure_scaling()
+    draw_scaling()
+elif suite != 'tables':
     every = SPEED if suite == 'speed' else SUITES[suite]
     for row in only.split(',') if only else ():
         if row not in every:

@@ -162,7 +162,7 @@ class KVCache:
         if not q.stride() == k.stride() == v.stride():
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         attend_kernel[(B * H,)](q, k, v, *self.kv[layer], out, self.on_device, len(self.positions), *q.stride()[:2], H,
-                                D, block=32, num_warps=1)
+                                D, **(dict(block=32, num_warps=1) if B * H > 500 else dict(block=128, num_warps=4)))
         return out
 
     def repeat(self, n):
@@ -268,12 +268,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        loss, grad_x, grad_weight, V = 0., [], torch.zeros_like(weight), len(weight)
+        loss, grad_x, grad_weight, V = x.new_zeros((), dtype=torch.float), [], torch.zeros_like(weight), len(weight)
         if torch.is_autocast_enabled(x.device.type):
             x, weight = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight))
         more = -V % 64 if x.is_cuda else 0      # rows of a round length are multiplied faster there
         weight, number = F.pad(weight, (0, 0, 0, more)), torch.arange(V + more, device=x.device)
         for rows, target in zip(x.split(LinearCrossEntropy.CHUNK), targets.split(LinearCrossEntropy.CHUNK)):
+            if torch.compiler.is_compiling():   # or all chunks were made side by side: each waits for the one before
+                rows = rows * (loss == loss)
             logits = (rows @ weight.T).float()                                              # (CHUNK, V + more)
             log_p = (logits.masked_fill(number >= V, -torch.inf) if more else logits).log_softmax(-1)
             loss = loss - log_p.gather(-1, target[:, None]).sum()
@@ -302,12 +304,21 @@ def turn(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """The usual one, written so that torch.compile fuses the product of a single row with what comes behind it."""
+
+    def forward(self, x):
+        if torch.compiler.is_compiling() and x.is_cuda and x.numel() == x.shape[-1] and x.dtype is self.weight.dtype:
+            return (x[..., None, :] * self.weight).sum(-1) + self.bias
+        return super().forward(x)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
-        self.c_proj = nn.Linear(config.d_model, config.d_model)
+        self.c_attn = Linear(config.d_model, 3 * config.d_model)
+        self.c_proj = Linear(config.d_model, config.d_model)
         if config.positions == 'relative':      # what a distance of -REACH..REACH adds to a head's scores
             self.relative = nn.Embedding(2 * REACH + 1, config.n_head)
         # a bias of the keys raises all scores of a query alike and changes nothing: its gradient is rounding error,
@@ -335,8 +346,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.d_model, 4 * config.d_model)
-        self.c_proj = nn.Linear(4 * config.d_model, config.d_model)
+        self.c_fc = Linear(config.d_model, 4 * config.d_model)
+        self.c_proj = Linear(4 * config.d_model, config.d_model)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
