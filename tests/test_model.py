@@ -6,6 +6,7 @@ import transformers
 
 import model as model_file
 from model import GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig, make_model, pack, unpack
+from utils import recorded
 
 SMALL = dict(block_size=24, n_layer=2, n_head=4, d_model=32)
 
@@ -120,6 +121,36 @@ def test_the_cache_is_read_once_for_a_group():
     last = torch.arange(6)[:, None]
     whole = model(torch.cat([tokens.repeat_interleave(3, dim=0), last], dim=1))
     torch.testing.assert_close(model(last, cache)[:, -1], whole[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_fused_is_one_graph():
+    model, how = small_thinker(), dict(backend='eager', fullgraph=True)
+    tokens, noise = tokens_for(model, 3, 5), torch.rand(3, 4)
+    x = model.embed(tokens).detach()
+    args = KVCache(model.config, 3, 9), None, None
+    torch.testing.assert_close(torch.compile(model.blocks, **how)(x, *args), model.blocks(x, *args))
+    args = torch.randn(3, 10), noise[:, 0], .7, 5
+    for fast, slow in zip(torch.compile(model_file.sample, **how)(*args), model_file.sample(*args), strict=True):
+        torch.testing.assert_close(fast, slow)
+    loss = torch.compile(model.loss, **how)(tokens[:, :-1], tokens[:, 1:].clamp(max=26))
+    torch.testing.assert_close(loss, model.loss(tokens[:, :-1], tokens[:, 1:].clamp(max=26)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('positions', ['learned', 'rotary'])
+@pytest.mark.parametrize('n_rows', [1, 70])
+def test_thoughts_on_a_gpu_equal_uncached(positions, n_rows):
+    model = small_thinker(block_size=200, positions=positions).cuda()
+    prompt, noise = tokens_for(model, n_rows, 90).cuda(), torch.rand(3 * n_rows, 60, device='cuda')
+
+    def think(prompt, noise):
+        return model.think(prompt, 60, n_rollouts=3, noise=noise)
+    slow = model.think(prompt, 60, n_rollouts=3, noise=noise, use_cache=False)
+    as_graph = recorded(think, fuse=True)
+    as_graph(prompt, noise)
+    for fast in (think(prompt, noise), as_graph(prompt, noise)):
+        assert torch.equal(fast.tokens, slow.tokens)
+        torch.testing.assert_close(fast.log_probs, slow.log_probs, atol=1e-3, rtol=0)
 
 
 # ---- generation and thoughts

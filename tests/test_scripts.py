@@ -649,6 +649,7 @@ def test_bad_input_of_one_script(run_here, tmp_path):
             '--epsilon=1.5': 'must be between 0', '--advantage=ppo': 'must be one of balanced, softmax, best, grpo',
             '--advantage=grpo': 'needs rollouts: --search=False', '--answer_on=written': 'needs rollouts',
             '--compile=True --search=False': 'needs steps that are alike',
+            '--fuse=True': 'fuse=True needs --compile=True',
             '--search=False --advantage=rloo --group_size=1': 'must be at least 2',
             '--split=False --frozen=thinking': 'needs two models', '--super=True --d_thought_vocab=6': 'make no digits',
             '--clean=True --d_thought_vocab=6': 'make no digits',

@@ -341,6 +341,19 @@ def test_recorded_is_the_function_itself_without_a_gpu():
         assert torch.equal(run(torch.ones(n), 5), torch.full((n,), 5.)) and len(calls) == n - 1
 
 
+def test_what_is_fused_is_compiled_only_where_it_is_asked_for(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, 'compile', lambda function, **how: made.append(how) or (lambda x: ('compiled', x)))
+    function = utils.fused(lambda x: x)
+    assert function(1) == 1 and not made
+    for _ in range(2):
+        with utils.fusing(True):
+            assert function(1) == ('compiled', 1)
+            with utils.fusing(False):
+                assert function(1) == 1
+    assert function(1) == 1 and len(made) == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_recorded_steps_are_the_steps_on_a_gpu():
     def train(wrap):
