@@ -123,6 +123,7 @@ def test_the_cache_is_read_once_for_a_group():
     torch.testing.assert_close(model(last, cache)[:, -1], whole[:, -1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings('ignore')      # torch.compile's own
 def test_what_is_fused_is_one_graph():
     model, how = small_thinker(), dict(backend='eager', fullgraph=True)
     tokens, noise = tokens_for(model, 3, 5), torch.rand(3, 4)
