@@ -32,6 +32,7 @@ except ImportError:     # where there is no GPU
 REACH = 16      # distances up to which 'relative' positions tell tokens apart
 # up to this many keys, explicit forms of attention are faster: backward passes on a CPU, everything on a GPU
 TINY = 8
+CHUNK = 8192    # rows of logits that a loss makes at a time
 
 
 # ---- configs --------------------------------------------------------------------------------------------------------
@@ -264,8 +265,6 @@ class LinearCrossEntropy(torch.autograd.Function):
     (n,). Logits are made and used for CHUNK rows at a time and never all in memory, as their gradient is computed in
     the forward pass (as in Liger Kernel, Hsu et al. 2024).
     """
-    CHUNK = 8192
-
     @staticmethod
     def forward(ctx, x, weight, targets):
         loss, grad_x, grad_weight, V = x.new_zeros((), dtype=torch.float), [], torch.zeros_like(weight), len(weight)
@@ -273,7 +272,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             x, weight = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight))
         more = -V % 64 if x.is_cuda else 0      # rows of a round length are multiplied faster there
         weight, number = F.pad(weight, (0, 0, 0, more)), torch.arange(V + more, device=x.device)
-        for rows, target in zip(x.split(LinearCrossEntropy.CHUNK), targets.split(LinearCrossEntropy.CHUNK)):
+        for rows, target in zip(x.split(CHUNK), targets.split(CHUNK)):
             if torch.compiler.is_compiling():   # or all chunks were made side by side: each waits for the one before
                 rows = rows * (loss == loss)
             logits = (rows @ weight.T).float()                                              # (CHUNK, V + more)
