@@ -674,7 +674,7 @@ def speed_attention(n_rows=512, n=80):
         return run
 
     kernels = torch.nn.attention.SDPBackend
-    ways = {'ours, with the copy into the cache': lambda q: [cache.attend(layer, q, k, v) for layer in range(12)],
+    ways = {'ours': lambda q: [cache.attend(layer, q, k, v) for layer in range(12)],
             **{name: library(backend) for name, backend in (
                 ('cuDNN', kernels.CUDNN_ATTENTION), ('flash', kernels.FLASH_ATTENTION),
                 ('memory-efficient', kernels.EFFICIENT_ATTENTION))},
@@ -761,8 +761,8 @@ SPEED = {   # row: (device, what is timed, what a token is, function)
     'think-512': ('cuda', 'thoughts, GPT-2 124M, 512 prompts of 64 tokens, 32 thoughts each', 'tokens',
                   lambda: speed_think(512)),
     'think-1': ('cuda', 'the same, one prompt', 'tokens', lambda: speed_think(1)),
-    'attention': ('cuda', 'attention of single tokens: 12 layers of GPT-2 124M, 512 rows of 80 tokens', 'GB',
-                  speed_attention),
+    'attention': ('cuda', 'attention of single tokens and their copy into the cache: 12 layers of GPT-2 124M, 512 rows '
+                  'of 80 tokens', 'GB', speed_attention),
     'train': ('cuda', 'five training steps, GPT-2 124M, 32 sequences of 1024 tokens', 'tokens', speed_train),
     'everywhere': ('cuda', 'an update, four thoughts at each of 256 positions, 8 sequences, 6 layers of 384',
                    'thoughts', speed_everywhere),
@@ -811,14 +811,15 @@ def speed_table():
 def profile_table():
     """Where the time of what speed measured goes on a GPU, in Markdown."""
     lines = [' | '.join(('| what | way | milliseconds', *KINDS, 'waits |')), '|' + ' --- |' * (len(KINDS) + 4)]
-    for row in SPEED:
+    for row in ('think-512', 'think-1', 'train', 'blind'):
         result = json.loads(path.read_text()) if (path := RESULTS / f'speed-{row}.json').exists() else {'runs': {}}
         for name, run in result['runs'].items():
             if 'profile' in run:
                 whole = 1000 * median(run['seconds'])
                 parts = [*run['profile'].values(), max(0., whole - sum(run['profile'].values()))]
                 shares = [f'{100 * part / max(whole, sum(parts)):.0f}%' for part in parts]
-                lines.append(' | '.join((f'| {result["what"]} | {name} | {whole:.1f}', *shares)) + ' |')
+                what = '' if name != next(iter(result['runs'])) else result['what']
+                lines.append(' | '.join((f'| {what} | {name} | {whole:.1f}', *shares)) + ' |')
     return '\n'.join(lines)
 
 
