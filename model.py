@@ -30,7 +30,7 @@ except ImportError:     # where there is no GPU
     triton = None
 
 REACH = 16      # distances up to which 'relative' positions tell tokens apart
-# up to this many keys, explicit forms of attention are faster: backward passes on a CPU, everything on a GPU
+# up to this many keys, explicit forms of attention are faster
 TINY = 8
 CHUNK = 8192    # rows of logits that a loss makes at a time
 
@@ -239,8 +239,9 @@ def attention(q, k, v, bias=None, visible=None, dropout=0.):
     dropout: share of the weights that are dropped.
     """
     n_query, n_key = q.shape[2], k.shape[2]
-    # of one key, softmax has no gradient: explicit, it would be rounding error, which Adam would blow up
-    tiny = n_key <= TINY and (q.is_cuda or q.requires_grad and n_key > 1)
+    if n_key == 1 and not dropout:      # whose weight is 1: computed, it had a gradient of rounding error, and Adam
+        return v                        # would blow that up
+    tiny = n_key <= TINY
     if not tiny and bias is None and visible is None and n_query in (1, n_key):
         with fastest_attention(q):
             return F.scaled_dot_product_attention(q, k, v, is_causal=n_query > 1, dropout_p=dropout)
@@ -253,7 +254,7 @@ def attention(q, k, v, bias=None, visible=None, dropout=0.):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     if bias is None:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    if q.is_cuda:       # which multiplies thousands of tiny matrices faster number by number
+    if q.is_cuda or n_query == 1:   # which multiplies thousands of tiny matrices faster number by number
         scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) * q.shape[-1] ** -.5 + mask             # (B, H, Sq, Sk)
         return (F.dropout(scores.softmax(-1), dropout)[..., None] * v[:, :, None]).sum(3).to(v.dtype)
     return F.dropout((q @ k.transpose(-2, -1) * q.shape[-1] ** -.5 + mask).softmax(-1), dropout) @ v    # likewise
