@@ -7,13 +7,13 @@ Every data set, made or downloaded: train.bin and val.bin, tokens as uint16, and
     python prepare_data.py --dataset=text --path=a.txt.xz --val_path=b.txt.xz --tokenizer=char
     python prepare_data.py --dataset=fineweb_edu --n_tokens=1000000000     # run it again if it was interrupted
     python prepare_data.py --dataset=addition                              # 12345+67890=080235, by character
-    python prepare_data.py --dataset=word_problems                         # in words, of five levels, as JSON lines
+    python prepare_data.py --dataset=problems                              # in words, of five levels, as JSON lines
 
 Read the tokens by np.memmap(file, dtype=np.uint16). meta.json counts characters and UTF-8 bytes too, by which nats per
 token become bits per byte, and lists the characters in the order of their tokens. In GPT-2's tokens every document, or
 part of one, begins with <|endoftext|>, but for Shakespeare. Line ends become \\n. What is there is not made again.
 
-word_problems has no tokens: train.jsonl and val.jsonl hold {"question": ..., "answer": "12", "level": 1} in each line,
+problems has no tokens: train.jsonl and val.jsonl hold {"question": ..., "answer": "12", "level": 1} in each line,
 for rollout_think.py --reward=math, and what val calculates (numbers and operations) is nowhere calculated in train.
 Files of MATH (problem, solution, level) and GSM8K (question, answer with ####) need no preparation: rollout_think.py
 reads them as they are, by their path.
@@ -40,17 +40,17 @@ from utils import addition_questions, fail, gpt2_encoding, need, read_knobs, use
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
-dataset = 'shakespeare_char'    # 'shakespeare_char' | 'shakespeare' | 'text' | 'fineweb_edu' | 'addition' | 'word_problems'
+dataset = 'shakespeare_char'    # 'shakespeare_char' | 'shakespeare' | 'text' | 'fineweb_edu' | 'addition' | 'problems'
 path = ''                       # text: a file (also .xz, .gz, .bz2) or a folder; Shakespeare: a copy of input.txt
 val_path = ''                   # text: a file or folder that becomes val; empty: the end of the text does
-val_share = .1                  # text, addition, word_problems: the share that becomes val; the latter's about
+val_share = .1                  # text, addition, problems: the share that becomes val; the latter's about
 tokenizer = 'gpt2'              # 'gpt2' | 'char': text; char has a token for every character of train or val
 n_tokens = 100_000_000          # fineweb_edu: to train on, and the rest of the document in which they end
 n_questions = 1_000_000         # addition: drawn by chance, none twice; all that there are, if these are fewer
 input_min = 10_000              # addition: numbers are input_min..M-1
 input_max = 100_000             # M
-n_problems = 5000               # word_problems: of each level, none twice
-seed = 0                        # addition, word_problems: of the questions
+n_problems = 5000               # problems: of each level, none twice
+seed = 0                        # addition, problems: of the questions
 out_dir = ''                    # folder of the data; empty: data/<dataset>
 
 # ---- set-up ---------------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ knobs = read_knobs(__file__, globals())
 began, changed = time.time(), {name: value for name, value in knobs.changed.items() if name != 'out_dir'}
 uses = {'text': ['path', 'val_path', 'val_share', 'tokenizer'], 'fineweb_edu': ['n_tokens'],
         'addition': ['val_share', 'n_questions', 'input_min', 'input_max', 'seed'],
-        'word_problems': ['val_share', 'n_problems', 'seed']}.get(dataset, ['path'])
+        'problems': ['val_share', 'n_problems', 'seed']}.get(dataset, ['path'])
 if useless := changed.keys() - {'dataset', *uses}:
     fail(f'--dataset={dataset} makes no use of --{min(useless)}')
 if dataset == 'text' and not path:
@@ -135,7 +135,7 @@ def write_word_problems():
     return {f'{part}_problems': len(lines[part]) for part in PARTS}
 
 
-if dataset == 'word_problems':
+if dataset == 'problems':
     try:
         counts = write_word_problems()
     except OSError as error:
