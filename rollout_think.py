@@ -501,9 +501,10 @@ def write_page(n=10):
 # ---- problems -------------------------------------------------------------------------------------------------------
 
 PROMPT = 'Solve the problem step by step. Put the answer into \\boxed{}.'
-EXAMPLE = (     # shows the form, which the smallest models do not find out from the words
-    'Tom has 7 pens. Tom buys 5 more pens. Eva has 2 times as many pens as Tom has now. How many pens does Eva have?',
-    '7 + 5 = 12\n2 * 12 = 24\n\\boxed{24}')
+EXAMPLES = [    # they show the form, which the smallest models do not find out from the words
+    ('Tom has 9 pens. Tom loses 6 pens. How many pens does Tom have now?', '9 - 6 = 3\n\\boxed{3}'),
+    ('Eva has 7 pens. Eva finds 5 more pens. Tom has 2 times as many pens as Eva has now. How many pens does Tom have?',
+     '7 + 5 = 12\n2 * 12 = 24\n\\boxed{24}')]
 NUMBER = re.compile(r'[+-]?(\d+/\d+|\d+\.?\d*|\.\d+)')
 
 
@@ -515,14 +516,15 @@ def draw_problems(step):
 
 def ask(problems):
     """What the model is asked: tokens (B, S), padded in front, and which of them (B, S) are no padding."""
-    turns = [PROMPT + '\n\n' + EXAMPLE[0], EXAMPLE[1]]
-    if tokenizer.chat_template:
-        texts = [tokenizer.apply_chat_template(
-            [{'role': role, 'content': text} for role, text in zip(('user', 'assistant', 'user'),
-                                                                   [*turns, problem['question']])],
-            tokenize=False, add_generation_prompt=True) for problem in problems]
-    else:
-        texts = ['\n\n'.join([*turns, problem['question'], '']) for problem in problems]
+    texts = []
+    for problem in problems:
+        turns = [text for example in EXAMPLES for text in example] + [problem['question']]
+        if tokenizer.chat_template:
+            turns[0] = f'{PROMPT}\n\n{turns[0]}'      # not by a system's turn: some templates have none
+            said = [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(turns)]
+            texts.append(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+        else:
+            texts.append('\n\n'.join([PROMPT, *turns, '']))
     asked = tokenizer(texts, return_tensors='pt', padding=True, padding_side='left',
                       add_special_tokens=not tokenizer.chat_template)
     return asked['input_ids'].to(world.device), asked['attention_mask'].to(world.device).bool()
