@@ -12,9 +12,9 @@ and are compared with each other at the same normal token. The same without thou
     python rollout_think.py --init_from=... --reference=... --think_len=0               # the control
     python rollout_think.py --data=data/novels --init_from=gpt2 --reference=gpt2-xl     # in GPT-2's tokens
     torchrun --standalone --nproc_per_node=2 rollout_think.py --init_from=... --reference=...
-    python prepare_data.py --dataset=problems                                           # with --reward=math, see below
-    python rollout_think.py --reward=math --data=data/problems --init_from=HuggingFaceTB/SmolLM2-135M-Instruct \\
-        --text_len=64 --batch_size=32 --learning_rate=1e-5 --max_steps=60 --eval_every=20 --dtype=bfloat16
+    python prepare_data.py --dataset=problems                                           # for --reward=math, see below
+    python rollout_think.py --reward=math --data=data/problems --levels=1,2 --text_len=48 --batch_size=32 \\
+        --learning_rate=1e-5 --max_steps=40 --dtype=bfloat16 --init_from=HuggingFaceTB/SmolLM2-135M-Instruct
 
 Each step: B prefixes from the text, G continuations of each, and the policy gradient (Williams 1992) with the mean of
 the group as baseline (Dr. GRPO, Liu et al. 2025). There is no clipping of ratios, as each rollout is used once. A

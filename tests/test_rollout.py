@@ -445,5 +445,6 @@ def test_a_chat_template_is_used_where_there_is_one(of_math, script):
     problems = [{'question': question} for question in ('00?', '2?')]
     ids, given = names['ask'](problems)
     assert ids.shape == given.shape and given.sum(1).tolist() == [ids.shape[1], ids.shape[1] - 1]
-    shown = 'user' + names['PROMPT'] + '\n\n' + names['EXAMPLE'][0] + 'assistant' + names['EXAMPLE'][1] + 'user'
+    (first, solved), (second, again) = names['EXAMPLES']
+    shown = f"user{names['PROMPT']}\n\n{first}assistant{solved}user{second}assistant{again}user"
     assert ids[0].tolist() == names['tokenizer'](shown + '00?')['input_ids']
