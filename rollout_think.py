@@ -25,11 +25,11 @@ What is real can be mixed in (supervised_weight), with own thoughts before it.
 
 With reward=math a pretrained model of transformers, with a chat template or without, writes solutions of problems, and
 is paid 1 for the right answer and format_weight for the form that is shown to it, one \\boxed{} in which the answer is.
-It thinks in its own words before the answer and gets no thought tokens: how to grow those is said above, for our own
-models. Problems are generated ones or JSON lines like those of MATH and GSM8K. Each step: B problems, G solutions of
-each by transformers' generate, one update by them, so there is no ratio to be clipped. The loss is -weight * sum of
-log p over the tokens of a solution / text_len: the sum, as a mean over its own tokens would make short right solutions
-and long wrong ones count more (Dr. GRPO). There is no KL to the start and no bonus for entropy.
+It thinks in its own words before the answer; it is not grown by thought tokens. Problems are generated ones or JSON
+lines like those of MATH and GSM8K. Each step: B problems, G solutions of each by transformers' generate, one update by
+them, so there is no ratio to be clipped. The loss is -weight * sum of log p over the tokens of a solution / text_len:
+the sum, as a mean over its own tokens would make tokens of short right solutions count more, and those of long wrong
+ones less (Dr. GRPO). There is no KL to the start and no bonus for entropy.
 """
 import copy
 import html
@@ -539,10 +539,10 @@ def solve(asked, given, noise=None):
     def draw_token(ids, logits):
         token, _ = sample(logits, noise[:, ids.shape[1] - asked.shape[1]], **SAMPLING)
         return torch.full_like(logits, -torch.inf).scatter(1, token[:, None], 0.)
-    # weights that autocast has cast here would have no gradient later
-    with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == 'bfloat16', cache_enabled=False):
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == 'bfloat16'):    # world's may be entered
         tokens = model.generate(input_ids=asked, attention_mask=given,
                                 logits_processor=None if noise is None else [draw_token])[:, asked.shape[1]:]
+    torch.clear_autocast_cache()        # weights that were cast here have no gradient
     ends = torch.isin(tokens, torch.tensor(model.generation_config.eos_token_id, device=world.device)).long()
     mask = ends.cumsum(1) - ends == 0
     texts = [tokenizer.decode(row[written], skip_special_tokens=True) for row, written in zip(tokens, mask)]
@@ -560,7 +560,7 @@ def solution_log_probs(asked, given, tokens, mask):
 def value(answer):
     """An answer without what does not matter: a Fraction where it is a number, else text."""
     answer = re.sub(r'\\text\{([^{}]*)\}', r'\1', answer)
-    answer = re.sub(r'\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}', r'\1/\2', answer)
+    answer = re.sub(r'(?<!\d)\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}', r'\1/\2', answer)
     answer = re.sub(r'\\left|\\right|\\[,!;:]|[\s$%\\]|(?<=\d),(?=\d{3}(\D|$))', '', answer).rstrip('.')
     try:
         return Fraction(answer) if NUMBER.fullmatch(answer) else answer

@@ -431,6 +431,7 @@ def test_answers_are_compared_as_numbers(of_math, script):
         assert names['value'](text) == 18, text
     assert names['value']('1,234,567.5') == Fraction(2469135, 2) and names['value']('-.5') == Fraction(-1, 2)
     assert names['value']('(1,2)') == names['value']('\\left( 1, 2 \\right)') != names['value']('(12)')
+    assert names['value']('2\\frac{1}{2}') != Fraction(21, 2) and names['value']('-\\frac{1}{2}') == Fraction(-1, 2)
     assert names['value']('1/0') == '1/0' and names['value']('1e999999999') == '1e999999999'
     for text, right, formed in (('So \\boxed{18}.', True, True), ('\\boxed{1} or \\boxed{ 18 }', True, False),
                                 ('12 + 6 = 18', True, False), ('\\boxed{17} 18', False, True), ('', False, False),
