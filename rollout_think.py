@@ -138,8 +138,8 @@ def load_problem(line):
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError('it is no {...}')
-    question = row.get('question', row.get('problem'))
-    answer = str(row['answer']).rpartition('####')[2] if 'answer' in row else boxed(str(row.get('solution', '')))
+    question, answer = row.get('question', row.get('problem')), row.get('answer')
+    answer = boxed(str(row.get('solution'))) if answer is None else str(answer).rpartition('####')[2]
     if not isinstance(question, str) or not answer or not answer.strip():
         raise ValueError('it needs a question, or problem, and an answer, or a solution with \\boxed{}')
     return {'question': question, 'answer': answer.strip(), 'level': str(row.get('level', '')).removeprefix('Level ')}
@@ -147,7 +147,7 @@ def load_problem(line):
 
 def load_problems(path):
     """The problems of the wanted levels in a file of JSON lines, from low levels to high. Fails in one line."""
-    problems, wanted = [], levels.split(',')
+    problems, wanted = [], levels.replace(' ', '').split(',')
     try:
         lines = path.read_text(encoding='utf-8').split('\n')
     except (OSError, ValueError) as error:

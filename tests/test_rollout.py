@@ -385,9 +385,10 @@ def test_problems_resume_bit_for_bit(of_math, run_here, tmp_path, monkeypatch):
 
 
 def test_two_processes_solve_as_one(of_math, run_here, tmp_path):
-    two = start(SCRIPT, f'--out_dir={tmp_path}/two',
+    more = ['--max_steps=4', '--eval_every=4']
+    two = start(SCRIPT, f'--out_dir={tmp_path}/two', *more,
                 launcher=(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'))
-    assert run_here(SCRIPT, f'--out_dir={tmp_path}/one')[0] == 0
+    assert run_here(SCRIPT, f'--out_dir={tmp_path}/one', *more)[0] == 0
     _, err = two.communicate(timeout=300)
     assert two.returncode == 0, err
     one, two = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)['models']['model']['state']
@@ -403,15 +404,16 @@ def test_problems_of_math_and_gsm8k_are_read(of_math, script, run_here, tmp_path
     school = {'question': 'How many?', 'answer': '9 + 9 = <<9+9=18>>18\n#### 1,018'}
     assert load(json.dumps(hard)) == {'question': 'Find $x$.', 'answer': '\\frac{1}{2}', 'level': '4'}
     assert load(json.dumps(school)) == {'question': 'How many?', 'answer': '1,018', 'level': ''}
+    assert load(json.dumps({**hard, 'answer': None}))['answer'] == '\\frac{1}{2}'
     assert load('{"question": "?", "answer": 7, "level": 2}') == {'question': '?', 'answer': '7', 'level': '2'}
     rows = [json.dumps({**hard, 'level': f'Level {level}'}) for level in range(1, 6) for _ in range(7)]
     (tmp_path / 'math.jsonl').write_text('\n'.join(rows))
-    names = script(f'--data={tmp_path}/math.jsonl', '--levels=4,5')
+    names = script(f'--data={tmp_path}/math.jsonl', '--levels=4, 5')
     assert [len(names[part]) for part in ('train_set', 'val_set')] == [12, 2]
     assert {row['level'] for row in names['train_set']} == {'4', '5'} == {row['level'] for row in names['val_set']}
     for line, message in (('{"question": "?"', 'line 3 is no problem: Expecting'),
                           ('[1]', 'line 3 is no problem: it is no'),
-                          ('{"question": "?"}', 'line 3 is no problem: it needs'),
+                          ('{"question": "?", "answer": null}', 'line 3 is no problem: it needs'),
                           ('{"problem": "?", "solution": "\\\\boxed{1"}', 'line 3 is no problem: it needs'),
                           ('', 'no two problems of levels=7; its levels are 4')):
         (tmp_path / 'bad.jsonl').write_text(f'{json.dumps(hard)}\n\n{line}\n')
