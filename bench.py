@@ -35,6 +35,7 @@ only = ''                       # names of rows, with commas between; empty: all
 seeds = 5                       # runs of each row, with seeds 0, 1, ...
 parallel = 1                    # runs at once
 nanogpt = ''                    # speed: folder of a checkout of nanoGPT, to be measured beside ours
+pretrained = ''                 # math: the model to start from, a .gguf file, or a transformers folder or hub name
 
 knobs = read_knobs(__file__, globals())
 
@@ -198,6 +199,8 @@ NEEDS = {
     'hardest': ('--hardest=1', 'no easier questions in between'),
     'batch': ('--baseline=batch', 'compared with the mean reward of all questions'),
 }
+MATH = ('--reward=math --data=data/problems --levels=1,2 --text_len=48 --batch_size=32 --learning_rate=1e-5 '
+        '--max_steps=40 --eval_every=10 --eval_prefixes=256 --dtype=bfloat16')
 SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     'learning': {
         'blind': ('cpu', 'add_think_blind', '', 'two thoughts of ten tokens'),
@@ -310,6 +313,9 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
                **{row: ('cuda', 'rollout_think', f'{common} {WHOLE} {knobs}'.strip(), what)
                   for row, (knobs, what) in ROLLOUT_ROWS.items()}}
        for suite, (common, text, n_start, n_reference) in ROLLOUTS.items()},
+    'math': {row: ('cuda', 'rollout_think', f'{MATH} {knobs}', what) for row, knobs, what in (
+        ('grpo', '--advantage=grpo', 'compared with the mean of the group, by its standard deviation'),
+        ('softmax', '--advantage=softmax --tau=.3', 'weighted by softmax of the reward'))},
     'dealt': {
         'whole': ('cpu', 'autoencoder_think', DEALT, 'the whole recipe'),
         'init': ('cpu', 'autoencoder_think', f'{DEALT} --init=gpt2', 'GPT-2\'s small weights'),
@@ -337,7 +343,8 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
 }
 COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING, 'code': '', 'capacity': '',
           'dealt': DEALT, 'paid': PAID, **dict.fromkeys(('thinking', 'needs', 'buys'), ''), 's5': S5,
-          'free': FREE, 'text': '', **{suite: f'{common} {WHOLE}' for suite, (common, *_) in ROLLOUTS.items()},
+          'free': FREE, 'text': '', 'math': MATH,
+          **{suite: f'{common} {WHOLE}' for suite, (common, *_) in ROLLOUTS.items()},
           **{suite: common for suite, (_, common, _) in TEXTS.items()}}     # of all rows
 # what rows go on from: {knob: (suite, row, seed)}, seed None: the same as theirs
 STARTS = {('novels', row): {'init_from': ('novels', 'straight', None)} for row in ON_ROWS}
@@ -371,7 +378,7 @@ def learn(suite, row, seed):
     The last line of a run, and the step at which 99% of held-out questions were first right; where none is held out,
     the step and the seconds at which all answers were.
     """
-    more = []
+    more = [f'--init_from={pretrained}'] if suite == 'math' else []
     for knob, (where, first, which) in STARTS.get((suite, row), {}).items():
         which = seed if which is None else which
         checkpoint = Path(f'out/bench/{where}-{first}/{which}/ckpt.pt')
@@ -382,7 +389,12 @@ def learn(suite, row, seed):
         more.append(f'--{knob}={checkpoint}')
     folder, result = run(suite, row, seed, seed, *more)
     log = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    if result['script'] == 'rollout_think':
+    if suite == 'math':
+        levels = [f'val_accuracy_at_{level}' for level in result['accuracy_at_level']]
+        result['curve'] = {name: [line[name] for line in log if name in line] for name in (
+            'val_accuracy', *levels, 'val_format', 'accuracy', 'format', 'length', 'mixed', 'entropy', 'gradient_norm',
+            'max_weight', 'effective_n')} | {'step': [line['step'] for line in log if 'val_accuracy' in line]}
+    elif result['script'] == 'rollout_think':
         result['curve'] = {name: [line[name] for line in log if 'perplexity' in line]
                            for name in ('step', 'perplexity', 'distinct_4', 'repeated_8', 'thoughts')}
     elif 'val_loss' in result:
@@ -446,6 +458,8 @@ def measure(suite, rows):
             for knob, (where, first, which) in STARTS.get((suite, row), {}).items():
                 seed = '<seed>' if which is None else which
                 result['command'] += f' --{knob}=out/bench/{where}-{first}/{seed}/ckpt.pt'
+            if suite == 'math':
+                result['command'] += f' --init_from={Path(pretrained).name}'
             result['runs'] = []
             for future in running[row]:
                 try:
@@ -954,6 +968,16 @@ def columns(suite, runs):
         return {**said, 'depth': spread([run['depth'] for run in runs], 1),
                 'step of .99': f'{spread(reached, 0)}, {len(reached)} of {len(runs)}' if reached else 'never',
                 'seconds': spread([run['seconds'] for run in runs], 0)}
+    if suite == 'math':
+        names = {'accuracy': 'val_accuracy', **{f'at level {level}': f'val_accuracy_at_{level}' for level in
+                                                runs[0]['accuracy_at_level']}, 'format': 'val_format'}
+        said = {f'{name}, before → after': f'{mean(run["curve"][key][0] for run in runs):.3f} → '
+                f'{spread([run["curve"][key][-1] for run in runs], 3)}' for name, key in names.items()}
+        for name, key in (('mixed groups', 'mixed'), ('norm of the gradient', 'gradient_norm'),
+                          ('effective n', 'effective_n')):      # of all steps
+            said[name] = spread([mean(run['curve'][key]) for run in runs], 2)
+        return {**said, 'accuracy by step': curve(runs, 'val_accuracy', 3),
+                'seconds': spread([run['seconds'] for run in runs], 0)}
     if suite in ROLLOUTS:
         said = {}
         for name, key, n_digits in (('perplexity', 'perplexity', 2), ('distinct-4', 'distinct_4', 3),
@@ -1033,6 +1057,8 @@ def write_tables():
 # ---- run ------------------------------------------------------------------------------------------------------------
 if suite not in (*SUITES, 'speed', 'scaling', 'tables'):
     fail(f'--suite={suite} must be one of {", ".join(SUITES)}, speed, scaling, tables')
+if suite == 'math' and not pretrained:
+    fail('--suite=math needs --pretrained=<the model to start from>')
 if suite == 'scaling':
     measure_scaling()
     draw_scaling()

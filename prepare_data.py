@@ -7,10 +7,16 @@ Every data set, made or downloaded: train.bin and val.bin, tokens as uint16, and
     python prepare_data.py --dataset=text --path=a.txt.xz --val_path=b.txt.xz --tokenizer=char
     python prepare_data.py --dataset=fineweb_edu --n_tokens=1000000000     # run it again if it was interrupted
     python prepare_data.py --dataset=addition                              # 12345+67890=080235, by character
+    python prepare_data.py --dataset=problems                              # in words, of five levels, as JSON lines
 
 Read the tokens by np.memmap(file, dtype=np.uint16). meta.json counts characters and UTF-8 bytes too, by which nats per
 token become bits per byte, and lists the characters in the order of their tokens. In GPT-2's tokens every document, or
 part of one, begins with <|endoftext|>, but for Shakespeare. Line ends become \\n. What is there is not made again.
+
+problems has no tokens: train.jsonl and val.jsonl hold {"question": ..., "answer": "12", "level": 1} in each line,
+for rollout_think.py --reward=math, and what val calculates (numbers and operations) is nowhere calculated in train.
+Files of MATH (problem, solution, level) and GSM8K (question, answer with ####) need no preparation: rollout_think.py
+reads them as they are, by their path.
 """
 import bz2
 import fcntl
@@ -19,6 +25,7 @@ import hashlib
 import json
 import lzma
 import os
+import random
 import re
 import sys
 import time
@@ -33,16 +40,17 @@ from utils import addition_questions, fail, gpt2_encoding, need, read_knobs, use
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
-dataset = 'shakespeare_char'    # 'shakespeare_char' | 'shakespeare' | 'text' | 'fineweb_edu' | 'addition'
+dataset = 'shakespeare_char'    # 'shakespeare_char' | 'shakespeare' | 'text' | 'fineweb_edu' | 'addition' | 'problems'
 path = ''                       # text: a file (also .xz, .gz, .bz2) or a folder; Shakespeare: a copy of input.txt
 val_path = ''                   # text: a file or folder that becomes val; empty: the end of the text does
-val_share = .1                  # text, addition: the share that becomes val
+val_share = .1                  # text, addition, problems: the share that becomes val; the latter's about
 tokenizer = 'gpt2'              # 'gpt2' | 'char': text; char has a token for every character of train or val
 n_tokens = 100_000_000          # fineweb_edu: to train on, and the rest of the document in which they end
 n_questions = 1_000_000         # addition: drawn by chance, none twice; all that there are, if these are fewer
 input_min = 10_000              # addition: numbers are input_min..M-1
 input_max = 100_000             # M
-seed = 0                        # addition: of the questions
+n_problems = 5000               # problems: of each level, none twice
+seed = 0                        # addition, problems: of the questions
 out_dir = ''                    # folder of the data; empty: data/<dataset>
 
 # ---- set-up ---------------------------------------------------------------------------------------------------------
@@ -50,7 +58,8 @@ out_dir = ''                    # folder of the data; empty: data/<dataset>
 knobs = read_knobs(__file__, globals())
 began, changed = time.time(), {name: value for name, value in knobs.changed.items() if name != 'out_dir'}
 uses = {'text': ['path', 'val_path', 'val_share', 'tokenizer'], 'fineweb_edu': ['n_tokens'],
-        'addition': ['val_share', 'n_questions', 'input_min', 'input_max', 'seed']}.get(dataset, ['path'])
+        'addition': ['val_share', 'n_questions', 'input_min', 'input_max', 'seed'],
+        'problems': ['val_share', 'n_problems', 'seed']}.get(dataset, ['path'])
 if useless := changed.keys() - {'dataset', *uses}:
     fail(f'--dataset={dataset} makes no use of --{min(useless)}')
 if dataset == 'text' and not path:
@@ -78,6 +87,62 @@ def finish(meta, verb):
     print(json.dumps({'script': knobs.script, 'changed': changed, **counts, 'seconds': round(time.time() - began, 2)}))
 
 
+# ---- word problems: a story of a few sentences, each of them a calculation ------------------------------------------
+
+PEOPLE = 'Anna Ben Carla David Emma Felix Grace Hugo Ivy Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Will'.split()
+THINGS = ['apples', 'books', 'cards', 'coins', 'flowers', 'marbles', 'pencils', 'shells', 'stamps', 'stickers']
+STEPS = {   # what happens to the number of things that {a} has; {n} is the number of it, {b} somebody else
+    '+': ['{a} buys {n} more {things}.', '{a} finds {n} more {things}.', '{b} gives {a} {n} {things}.'],
+    '-': ['{a} gives {n} {things} to {b}.', '{a} loses {n} {things}.', '{a} sells {n} {things}.'],
+    '*': ['{b} has {n} times as many {things} as {a} has now.'],        # and the story goes on with {b}
+}
+LEVELS = {      # level: (operations, largest number at first and to add, largest number to multiply by)
+    1: (['+', '-'], 10, 0), 2: (['++', '+-', '-+', '--'], 20, 0), 3: (['*+', '*-', '+*', '-*'], 20, 4),
+    4: (['+*-', '-*+', '*+-', '*-+', '+-*'], 50, 6), 5: (['*+*-', '+*-*', '*-+*', '-*+*'], 100, 9)}
+
+
+def word_problem(level, draw):
+    """A problem of a level by a random.Random: question, answer, and what is to be calculated, all three texts."""
+    kinds, largest, times = LEVELS[level]
+    people = draw.sample(PEOPLE, 6)
+    who, things = people.pop(), draw.choice(THINGS)
+    total = draw.randint(4, largest)        # enough to take something away twice
+    story, calculation = [f'{who} has {total} {things}.'], str(total)
+    for kind in draw.choice(kinds):
+        n = draw.randint(2, {'+': largest, '-': max(2, total - 2), '*': times}[kind])
+        other = people.pop()
+        story.append(draw.choice(STEPS[kind]).format(a=who, b=other, n=n, things=things))
+        total = {'+': total + n, '-': total - n, '*': total * n}[kind]
+        calculation += kind + str(n)
+        who = other if kind == '*' else who
+    now = 'now' if kind != '*' else 'then'
+    return f'{" ".join(story)} How many {things} does {who} have {now}?', str(total), calculation
+
+
+def write_word_problems():
+    """Write train.jsonl and val.jsonl. Returns how many problems are in each."""
+    draw, lines = random.Random(seed), {part: [] for part in PARTS}
+    for level in LEVELS:
+        found = {}
+        while len(found) < n_problems:
+            question, answer, calculation = word_problem(level, draw)
+            found[question] = PARTS[random.Random(f'{seed} {calculation}').random() < val_share], answer
+        for question, (part, answer) in found.items():
+            lines[part].append(json.dumps({'question': question, 'answer': answer, 'level': level}) + '\n')
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        write_atomic(folder / f'{part}.jsonl', lambda temporary, part=part: temporary.write_text(''.join(lines[part])))
+    return {f'{part}_problems': len(lines[part]) for part in PARTS}
+
+
+if dataset == 'problems':
+    try:
+        counts = write_word_problems()
+    except OSError as error:
+        fail(f'cannot write to {folder}: {error.strerror}')
+    print(f'{folder} is made: {counts["train_problems"]:,} problems to train on and {counts["val_problems"]:,} of val')
+    print(json.dumps({'script': knobs.script, 'changed': changed, **counts, 'seconds': round(time.time() - began, 2)}))
+    sys.exit()
 if meta := load('meta.json'):
     finish(meta, 'is there (to make it again, delete its meta.json)')
     sys.exit()

@@ -12,6 +12,9 @@ and are compared with each other at the same normal token. The same without thou
     python rollout_think.py --init_from=... --reference=... --think_len=0               # the control
     python rollout_think.py --data=data/novels --init_from=gpt2 --reference=gpt2-xl     # in GPT-2's tokens
     torchrun --standalone --nproc_per_node=2 rollout_think.py --init_from=... --reference=...
+    python prepare_data.py --dataset=problems                                           # for --reward=math, see below
+    python rollout_think.py --reward=math --data=data/problems --levels=1,2 --text_len=48 --batch_size=32 \\
+        --learning_rate=1e-5 --max_steps=40 --dtype=bfloat16 --init_from=HuggingFaceTB/SmolLM2-135M-Instruct
 
 Each step: B prefixes from the text, G continuations of each, and the policy gradient (Williams 1992) with the mean of
 the group as baseline (Dr. GRPO, Liu et al. 2025). There is no clipping of ratios, as each rollout is used once. A
@@ -19,26 +22,43 @@ reference likes to be told what it expects, again and again. So -log p of what i
 entropy_weight=1 reward and entropy make the KL divergence from the reference, and nothing is better than to write as it
 would; with less, than to write its likelier texts. KL to the starting model and a price for repetition are other ways.
 What is real can be mixed in (supervised_weight), with own thoughts before it.
+
+With reward=math a pretrained model of transformers, with a chat template or without, writes solutions of problems, and
+is paid 1 for the right answer and format_weight for the form that is shown to it, one \\boxed{} in which the answer is.
+It thinks in its own words before the answer; it is not grown by thought tokens. Problems are generated ones or JSON
+lines like those of MATH and GSM8K. Each step: B problems, G solutions of each by transformers' generate, one update by
+them, so there is no ratio to be clipped. The loss is -weight * sum of log p over the tokens of a solution / text_len:
+the sum, as a mean over its own tokens would make tokens of short right solutions count more, and those of long wrong
+ones less (Dr. GRPO). There is no KL to the start and no bonus for entropy.
 """
 import copy
 import html
+import json
 import math
+import re
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from model import GPT2, GPT2Thinking, ModelConfig, find_model, pack
-from utils import (Run, World, advantages, fail, load_checkpoint, load_text, make_optimizer, need, read_knobs, recorded,
-                   schedule, show_tokens, user_errors, write_atomic)
+from utils import (Run, World, advantages, fail, load_checkpoint, load_text, make_optimizer, need, paint, read_knobs,
+                   recorded, sample, schedule, show_tokens, user_errors, write_atomic)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
-data = 'data/shakespeare_char'  # folder that prepare_data.py made
+reward = 'text'                 # 'text' | 'math': who pays, a reference model or the right answer of a problem
+data = 'data/shakespeare_char'  # folder that prepare_data.py made; math: or with train and val or test.jsonl, or a file
+levels = ''                     # math: difficulties of problems that are taken, with commas between; empty: all
+format_weight = .1              # math: what the right form is paid; the right answer is paid 1
+at_once = 32                    # math: solutions that are read at once for the gradient; memory grows with it
 reference = ''                  # who judges: path of a checkpoint, a .gguf file, or a transformers folder or hub name
 prefix_len = 32                 # tokens of real text to go on from
-text_len = 32                   # normal tokens that are written
-batch_size = 8                  # prefixes per step, over all processes
-group_size = 8                  # G: rollouts of a prefix
+text_len = 32                   # normal tokens that are written; math: at most
+batch_size = 8                  # prefixes or problems per step, over all processes
+group_size = 8                  # G: rollouts of each
 max_steps = 500                 # updates
 max_seconds = 1e6               # stop after this wall-clock time
 learning_rate = 3e-4            # falls to a tenth of it, as a cosine
@@ -65,13 +85,14 @@ temperature = 1.                # of rollouts
 top_k = 0                       # of rollouts: only the k most likely tokens; 0: all
 top_p = 1.                      # of rollouts: only the most likely tokens that make up this probability
 eval_every = 50                 # steps between evaluations, each with a checkpoint and samples
-eval_prefixes = 128             # rollouts per evaluation, from prefixes evenly from all of val
+eval_prefixes = 128             # rollouts per evaluation, from prefixes, or problems, evenly from all of val
 log_every = 1                   # steps between lines of metrics.jsonl
 seed = 0                        # of weights, prefixes and rollouts
 device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'               # 'float32' | 'bfloat16'
 compile = False                 # write as one CUDA graph: faster, where rows do not end early
-init_from = 'scratch'           # scratch, resume, path of a checkpoint (thinking or normal), name or folder of a GPT-2
+init_from = 'scratch'           # scratch, resume, path of a checkpoint (thinking or normal), name or folder of a GPT-2;
+                                # math: resume, a checkpoint, a .gguf file, or a transformers folder or hub name
 page = False                    # write samples.html: texts before and after training, with their thoughts
 eval_only = False               # evaluate, train nothing, write nothing
 out_dir = ''                    # folder of the run; empty: out/rollout_think/<changed knobs>
@@ -80,18 +101,83 @@ wandb_mode = 'disabled'         # 'disabled' | 'offline' | 'online'
 # ---- set-up ---------------------------------------------------------------------------------------------------------
 
 knobs = read_knobs(__file__, globals(), pretrained=True)
+USELESS = {     # what nothing is made of where this pays
+    'text': {'levels', 'format_weight', 'at_once'},
+    'math': {'reference', 'prefix_len', 'n_layer', 'n_head', 'd_model', 'd_thought_vocab', 'think_len', 'fixed',
+             'close', 'spread', 'gamma', 'think_cost', 'repeat_cost', 'kl_weight', 'entropy_weight',
+             'supervised_weight', 'compile', 'page'}}
+if useless := knobs.changed.keys() & USELESS[reward]:
+    fail(f'--reward={reward} makes no use of --{min(useless)}')
 if group_size < 2:
     fail(f'rollouts of a prefix are compared with each other: group_size={group_size} must be at least 2')
-if not reference:
+if reward == 'math' and init_from == 'scratch':
+    fail('--init_from must name a pretrained model, or a checkpoint of one')
+if reward == 'text' and not reference:
     fail('--reference must name a model that judges, such as the checkpoint of a larger one')
 world = World(knobs)
 G = group_size
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 
-train_set, val_set, d_vocab, decode = load_text(data)
-if min(len(train_set), len(val_set)) < prefix_len + text_len + 1:
-    fail(f'{data} has no {prefix_len + text_len} tokens in a row: a smaller --prefix_len or --text_len')
+def boxed(text):
+    """What is in the last \\boxed{...} of a text, None where there is none, or no end of it."""
+    _, found, rest = text.rpartition('\\boxed{')
+    depth = 1
+    for i, character in enumerate(rest if found else ''):
+        depth += {'{': 1, '}': -1}.get(character, 0)
+        if depth == 0:
+            return rest[:i]
+    return None
+
+
+def load_problem(line):
+    """
+    The problem in a line of JSON, {question, answer, level}, all text. GSM8K has its answer behind ####, MATH calls a
+    question problem, has its answer in a \\boxed{} of its solution, and levels such as "Level 4". Raises ValueError.
+    """
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError('it is no {...}')
+    question, answer = row.get('question', row.get('problem')), row.get('answer')
+    answer = boxed(str(row.get('solution'))) if answer is None else str(answer).rpartition('####')[2]
+    if not isinstance(question, str) or not answer or not answer.strip():
+        raise ValueError('it needs a question, or problem, and an answer, or a solution with \\boxed{}')
+    return {'question': question, 'answer': answer.strip(), 'level': str(row.get('level', '')).removeprefix('Level ')}
+
+
+def load_problems(path):
+    """The problems of the wanted levels in a file of JSON lines, from low levels to high. Fails in one line."""
+    problems, wanted = [], levels.replace(' ', '').split(',')
+    try:
+        lines = path.read_text(encoding='utf-8').split('\n')
+    except (OSError, ValueError) as error:
+        fail(f'no problems in {path}: {error}')
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                problems.append(load_problem(line))
+            except ValueError as error:
+                fail(f'{path}, line {n} is no problem: {error}')
+    found = sorted({problem['level'] for problem in problems})
+    problems = [problem for problem in problems if not levels or problem['level'] in wanted]
+    if len(problems) < 2:
+        fail(f'{path} has no two problems of levels={levels}; its levels are {", ".join(found) or "none"}')
+    return sorted(problems, key=lambda problem: problem['level'])
+
+
+if reward == 'math':
+    folder = Path(data)
+    if folder.is_dir():
+        train_set = load_problems(folder / 'train.jsonl')
+        val_set = load_problems(folder / ('val.jsonl' if (folder / 'val.jsonl').exists() else 'test.jsonl'))
+    else:       # every tenth is held out
+        train_set = load_problems(folder)
+        val_set = train_set[::10]
+        del train_set[::10]
+else:
+    train_set, val_set, d_vocab, decode = load_text(data)
+    if min(len(train_set), len(val_set)) < prefix_len + text_len + 1:
+        fail(f'{data} has no {prefix_len + text_len} tokens in a row: a smaller --prefix_len or --text_len')
 
 
 def cut(tokens, starts):
@@ -108,8 +194,42 @@ def draw(step):
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
-longest = text_len * (think_len + 1 + (close and think_len > 0))      # of a rollout
-with user_errors():
+def load_theirs(kind, source, **how):
+    """What a class of transformers makes of a hub name, a folder or a .gguf file. Raises ValueError, in one line."""
+    folder, _, file = source.rpartition('/') if source.endswith('.gguf') else (source, '', None)
+    transformers = need('transformers', 'for models of other families')
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        how |= {'gguf_file': file} if file else {}
+        return getattr(transformers, kind).from_pretrained(folder or '.', **how)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f'no model of transformers at {source}: {str(error).strip().splitlines()[0]}') from error
+
+
+def load_solver():
+    """
+    A pretrained model, what it was made from, and its tokenizer. Of a checkpoint are the weights, the rest is made from
+    where the model in it was made from. Raises ValueError, in one line.
+    """
+    packed = knobs.checkpoint['models'].get('model', {}) if knobs.checkpoint else {'source': init_from}
+    if 'source' not in packed:
+        raise ValueError(f'{init_from} has no model for --reward=math')
+    source = packed['source']
+    tokenizer = load_theirs('AutoTokenizer', source)
+    model = load_theirs('AutoModelForCausalLM', source, dtype=torch.float32)
+    if 'state' in packed:
+        model.load_state_dict(packed['state'])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    ends = model.generation_config.eos_token_id
+    # greedy, but for the noise that we add; nothing else of how its makers like to sample
+    model.generation_config = need('transformers', '').GenerationConfig(
+        max_new_tokens=text_len, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id if ends is None else ends)
+    return model, source, tokenizer
+
+
+def load_writer():
+    """A model that writes text with thoughts inside. Raises ValueError, in one line."""
     if knobs.checkpoint:        # a model has the shape it has
         model = find_model(knobs.checkpoint)
     elif init_from != 'scratch':
@@ -120,19 +240,32 @@ with user_errors():
     if not isinstance(model, GPT2Thinking):
         model = GPT2Thinking.from_normal(model, d_thought_vocab, spread=spread,
                                          block_size=max(model.config.block_size, prefix_len + longest))
-config = model.config
-if config.d_normal_vocab != d_vocab:
-    fail(f'{init_from} is a model of {config.d_normal_vocab} tokens, {data} has {d_vocab}')
-if config.block_size < prefix_len + longest:
-    fail(f'{init_from} reads {config.block_size} tokens, {prefix_len} and up to {longest} written ones are more')
-model.to(world.device).eval()       # nothing is dropped
-models = {'model': model, 'start': copy.deepcopy(model).requires_grad_(False)}
-if init_from == 'resume':
-    with user_errors():
-        models['start'] = find_model(knobs.checkpoint, 'start').to(world.device).requires_grad_(False).eval()
-thought_tokens = range(d_vocab, d_vocab + config.d_thought_vocab)
+    if model.config.d_normal_vocab != d_vocab:
+        raise ValueError(f'{init_from} is a model of {model.config.d_normal_vocab} tokens, {data} has {d_vocab}')
+    if model.config.block_size < prefix_len + longest:
+        raise ValueError(f'{init_from} reads {model.config.block_size} tokens, {prefix_len} and up to {longest} '
+                         'written ones are more')
+    return model
+
+
 RULES = {'think_len': think_len, 'fixed': fixed, 'close': close}
 SAMPLING = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
+longest = text_len      # of a rollout
+if reward == 'text':
+    longest *= think_len + 1 + (close and think_len > 0)
+with user_errors():
+    if reward == 'math':
+        model, source, tokenizer = load_solver()
+    else:
+        model = load_writer()
+model.to(world.device).eval()       # nothing is dropped
+models, config = {'model': model}, model.config
+if reward == 'text':
+    models['start'] = copy.deepcopy(model).requires_grad_(False)
+    thought_tokens = range(d_vocab, d_vocab + config.d_thought_vocab)
+    if init_from == 'resume':
+        with user_errors():
+            models['start'] = find_model(knobs.checkpoint, 'start').to(world.device).requires_grad_(False).eval()
 powers = torch.arange(text_len, device=world.device)
 powers = torch.where(powers[:, None] >= powers, gamma ** (powers[:, None] - powers).clamp(min=0.), 0.)    # (n, n)
 
@@ -149,23 +282,17 @@ def load_reference(source):
     again, and the log-probability of each of its tokens is shared out among ours by the characters they have in common.
     Raises ValueError, in one line.
     """
-    folder, _, file = source.rpartition('/') if source.endswith('.gguf') else (source, '', None)
-    more = {'gguf_file': file} if file else {}
     same = source.endswith('.pt')       # tokens as ours
     if same:
         judge = find_model(load_checkpoint(source))
     else:
-        transformers = need('transformers', 'to load a reference model')
-        try:
-            theirs = transformers.AutoConfig.from_pretrained(folder or '.', **more)
-            same = theirs.model_type == 'gpt2' and theirs.vocab_size == d_vocab
-            if same:
-                judge = GPT2.from_pretrained(source)
-            else:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(folder or '.', use_fast=True, **more)
-                judge = transformers.AutoModelForCausalLM.from_pretrained(folder or '.', dtype=torch.float32, **more)
-        except (OSError, ValueError, ImportError) as error:
-            raise ValueError(f'no reference model at {source}: {str(error).strip().splitlines()[0]}') from error
+        theirs = load_theirs('AutoConfig', source)
+        same = theirs.model_type == 'gpt2' and theirs.vocab_size == d_vocab
+        if same:
+            judge = GPT2.from_pretrained(source)
+        else:
+            tokenizer = load_theirs('AutoTokenizer', source, use_fast=True)
+            judge = load_theirs('AutoModelForCausalLM', source, dtype=torch.float32)
     judge.to(world.device).requires_grad_(False).eval()
     if same:
         if getattr(judge.config, 'd_normal_vocab', judge.config.d_vocab) != d_vocab:
@@ -201,8 +328,9 @@ def share_out(log_p, spans, lengths):
     return torch.stack([part.sum() for part in by_character.split(lengths)])
 
 
-with user_errors():
-    judged = load_reference(reference)
+if reward == 'text':
+    with user_errors():
+        judged = load_reference(reference)
 
 # ---- optimiser and run ----------------------------------------------------------------------------------------------
 
@@ -211,7 +339,9 @@ run = Run(knobs, world, [optimizer])
 
 
 def save(step, file='ckpt.pt'):
-    run.save(step, {name: pack(each) for name, each in models.items()}, file)
+    packed = {'model': {'source': source, 'state': model.state_dict()}} if reward == 'math' else {
+        name: pack(each) for name, each in models.items()}
+    run.save(step, packed, file)
 
 
 # ---- rewards --------------------------------------------------------------------------------------------------------
@@ -323,7 +453,7 @@ def test():
 
 
 def evaluate(step):
-    """Report on val, show a continuation, keep the best checkpoint. Returns what test found."""
+    """Report on val, show a continuation, keep the best checkpoint. Returns what belongs on the last line."""
     found, tokens = test()
     run.report(step, **{f'val_loss_{name}': numbers['val_loss'] for name, numbers in found.items() if name != 'own'},
                **found['own'])
@@ -332,7 +462,8 @@ def evaluate(step):
     if -found['own']['val_loss'] > run.best:
         run.best = -found['own']['val_loss']
         save(step, 'best.pt')
-    return found
+    return {**found['own'], 'real': found['real'],
+            'ablation': {name: numbers['val_loss'] for name, numbers in found.items() if name != 'real'}}
 
 
 @torch.no_grad()
@@ -367,6 +498,128 @@ def write_page(n=10):
     write_atomic(run.folder / 'samples.html', lambda path: path.write_text(''.join(parts)))
 
 
+# ---- problems -------------------------------------------------------------------------------------------------------
+
+PROMPT = 'Solve the problem step by step. Put the answer into \\boxed{}.'
+EXAMPLES = [    # they show the form, which the smallest models do not find out from the words
+    ('Tom has 9 pens. Tom loses 6 pens. How many pens does Tom have now?', '9 - 6 = 3\n\\boxed{3}'),
+    ('Eva has 7 pens. Eva finds 5 more pens. Tom has 2 times as many pens as Eva has now. How many pens does Tom have?',
+     '7 + 5 = 12\n2 * 12 = 24\n\\boxed{24}')]
+NUMBER = re.compile(r'[+-]?(\d+/\d+|\d+\.?\d*|\.\d+)')
+
+
+def draw_problems(step):
+    """The problems of a step, this process's share, in place of prefixes. seed decides it."""
+    chosen = np.random.default_rng([seed, step]).integers(len(train_set), size=batch_size)
+    return [train_set[i] for i in world.share(torch.from_numpy(chosen)).tolist()], None
+
+
+def ask(problems):
+    """What the model is asked: tokens (B, S), padded in front, and which of them (B, S) are no padding."""
+    texts = []
+    for problem in problems:
+        turns = [text for example in EXAMPLES for text in example] + [problem['question']]
+        if tokenizer.chat_template:
+            turns[0] = f'{PROMPT}\n\n{turns[0]}'      # not by a system's turn: some templates have none
+            said = [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(turns)]
+            texts.append(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+        else:
+            texts.append('\n\n'.join([PROMPT, *turns, '']))
+    asked = tokenizer(texts, return_tensors='pt', padding=True, padding_side='left',
+                      add_special_tokens=not tokenizer.chat_template)
+    return asked['input_ids'].to(world.device), asked['attention_mask'].to(world.device).bool()
+
+
+@torch.no_grad()
+def solve(asked, given, noise=None):
+    """
+    Solutions of what is asked (N, S), of it given (N, S): tokens (N, T), which of them are written (N, T), the end
+    included, and the texts. noise (N, text_len) decides them; none: the most likely tokens.
+    """
+    def draw_token(ids, logits):
+        token, _ = sample(logits, noise[:, ids.shape[1] - asked.shape[1]], **SAMPLING)
+        return torch.full_like(logits, -torch.inf).scatter(1, token[:, None], 0.)
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == 'bfloat16'):    # world's may be entered
+        tokens = model.generate(input_ids=asked, attention_mask=given,
+                                logits_processor=None if noise is None else [draw_token])[:, asked.shape[1]:]
+    torch.clear_autocast_cache()        # weights that were cast here have no gradient
+    ends = torch.isin(tokens, torch.tensor(model.generation_config.eos_token_id, device=world.device)).long()
+    mask = ends.cumsum(1) - ends == 0
+    texts = [tokenizer.decode(row[written], skip_special_tokens=True) for row, written in zip(tokens, mask)]
+    return tokens, mask, texts
+
+
+def solution_log_probs(asked, given, tokens, mask):
+    """Log-probabilities (N, T) of tokens (N, T) where mask (N, T) says so, else 0, after what is asked, as in solve."""
+    ids, seen = torch.cat([asked, tokens], dim=1), torch.cat([given, mask], dim=1)          # (N, S + T)
+    logits = model(input_ids=ids, attention_mask=seen.long(), position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+                   logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]                       # (N, T, V)
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0].masked_fill(~mask, 0.)
+
+
+def value(answer):
+    """An answer without what does not matter: a Fraction where it is a number, else text."""
+    answer = re.sub(r'\\text\{([^{}]*)\}', r'\1', answer)
+    answer = re.sub(r'(?<!\d)\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}', r'\1/\2', answer)
+    answer = re.sub(r'\\left|\\right|\\[,!;:]|[\s$%\\]|(?<=\d),(?=\d{3}(\D|$))', '', answer).rstrip('.')
+    try:
+        return Fraction(answer) if NUMBER.fullmatch(answer) else answer
+    except (ValueError, ZeroDivisionError):     # too many digits, n/0
+        return answer
+
+
+def mark(text, answer):
+    """
+    Whether a solution gives the answer, and whether it has the form: one \\boxed{...}. Without it, its last number is
+    what it gives, so that one can be right without the other.
+    """
+    given = boxed(text)
+    numbers = re.findall(r'-?\d[\d,]*(?:\.\d+)?', text) if given is None else [given]
+    return bool(numbers) and value(numbers[-1]) == value(answer), given is not None and text.count('\\boxed{') == 1
+
+
+def losses_of_problems(problems, _, noise, __):
+    """The loss of problems (B,) with solutions by noise (N, text_len), and what to log."""
+    asked, given = (rows.repeat_interleave(G, dim=0) for rows in ask(problems))             # (N, S)
+    tokens, mask, texts = solve(asked, given, noise)
+    marks = torch.tensor([mark(text, problems[n // G]['answer']) for n, text in enumerate(texts)],
+                         device=world.device).float()                                       # (N, 2)
+    right, formed = marks.T
+    weights = advantages((right + format_weight * formed).view(-1, G), advantage, tau)      # (B, G)
+    # only some are in memory at once: they are read here, and once more when the gradient is due
+    log_pi = torch.cat([checkpoint(solution_log_probs, *some, use_reentrant=False, preserve_rng_state=False)
+                        for some in zip(*(x.split(at_once) for x in (asked, given, tokens, mask)))])    # (N, T)
+    loss = -(weights.flatten() * log_pi.sum(1)).sum() / (len(problems) * text_len)
+    share, size = right.view(-1, G).mean(1), weights.abs()
+    return loss, {'accuracy': right.mean(), 'format': formed.mean(), 'length': mask.sum(1).float().mean(),
+                  'mixed': ((share > 0) & (share < 1)).float().mean(),
+                  'entropy': -(log_pi.detach().sum() / mask.sum()), 'max_weight': size.max(1).values.mean(),
+                  'effective_n': (size.sum(1).square() / size.square().sum(1).clamp(min=1e-9)).mean()}
+
+
+def evaluate_problems(step):
+    """Report on val, show solutions, keep the best checkpoint. Returns what belongs on the last line."""
+    tried = [val_set[i] for i in torch.linspace(0, len(val_set) - 1, eval_prefixes).long().tolist()]
+    texts = [text for i in range(0, len(tried), batch_size * G) for text in solve(*ask(tried[i:i + batch_size * G]))[2]]
+    marks = [mark(text, problem['answer']) for text, problem in zip(texts, tried)]
+    by_level = {}
+    for problem, (right, _) in zip(tried, marks):
+        by_level.setdefault(problem['level'], []).append(right)
+    accuracy, form = np.mean(marks, axis=0).tolist()
+    by_level = {level: np.mean(rights).item() for level, rights in by_level.items()}
+    run.report(step, **{f'val_accuracy_at_{level}': share for level, share in by_level.items()}, val_format=form,
+               val_accuracy=accuracy)
+    for i in range(0, len(tried), max(1, len(tried) // 5)):
+        run.sample(f'{paint(tried[i]["question"], "blue")}\n{texts[i]}', marks[i][0])
+    if accuracy > run.best:
+        run.best = accuracy
+        save(step, 'best.pt')
+    return {'accuracy': accuracy, 'accuracy_at_level': by_level, 'format': form}
+
+
+if reward == 'math':
+    draw, losses, evaluate = draw_problems, losses_of_problems, evaluate_problems
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 if compile:
@@ -397,5 +650,4 @@ save(n_steps)
 found = evaluate(n_steps)
 if page and run.writes:
     write_page()
-run.finish(steps=n_steps, **found['own'], real=found['real'],
-           ablation={name: numbers['val_loss'] for name, numbers in found.items() if name != 'real'})
+run.finish(steps=n_steps, **found)

@@ -73,6 +73,7 @@ LIMITS = {  # smallest and largest value of a knob besides its default; the othe
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
     **dict.fromkeys(('epsilon', 'memory', 'hardest', 'advance_at', 'gamma', 'beta2'), (0, 1)), 'cut': (0, .9),
     **dict.fromkeys(('heldout', 'val_share', 'dropout'), (0, .99)), 'n_tokens': (1, 10**12), 'n_questions': (2, 10**8),
+    'n_problems': (1, 10**5),   # there are more of every level
     'temperature': (1e-3, 1e3), 'top_p': (1e-6, 1),
 }
 # knobs that may differ when a run is resumed; they do not name its folder either

@@ -154,6 +154,51 @@ def test_addition(prepare, tmp_path):
     assert len(train) == len(val) == 72 * len('07+11=18\n')
 
 
+def calculate(question):
+    """What a word problem tells, from its sentences: the calculation as text, and its result."""
+    *story, asked = re.findall(r'[A-Z][^.?]*[.?]', question)
+    who, total = re.fullmatch(r'(\w+) has (\d+) \w+\.', story[0]).groups()
+    calculation, total = total, int(total)
+    for sentence in story[1:]:
+        subject, n = sentence.split()[0], int(re.search(r'\d+', sentence)[0])
+        if 'times as many' in sentence:
+            assert f'as {who} has now' in sentence and subject != who
+            who, kind, total = subject, '*', total * n
+        elif re.search('buys|finds', sentence) or f' gives {who} ' in sentence:
+            kind, total = '+', total + n
+        else:
+            assert subject == who and re.search('gives|loses|sells', sentence)
+            kind, total = '-', total - n
+        calculation += kind + str(n)
+    assert f'does {who} have' in asked
+    return calculation, total
+
+
+def test_word_problems(run_here, tmp_path):
+    def make(*more):
+        code, out, err = run_here('prepare_data', '--dataset=problems', f'--out_dir={tmp_path}/data', *more)
+        assert code == 0 and not err and {p.name for p in (tmp_path / 'data').iterdir()} == {'train.jsonl', 'val.jsonl'}
+        parts = [(tmp_path / f'data/{part}.jsonl').read_text() for part in PARTS]
+        result = json.loads(out.splitlines()[-1])
+        assert [result[f'{part}_problems'] for part in PARTS] == [text.count('\n') for text in parts]
+        return parts
+    parts = make('--n_problems=200', '--val_share=.3', '--seed=3')
+    train, val = ([json.loads(line) for line in text.splitlines()] for text in parts)
+    assert len({row['question'] for row in train + val}) == 1000 and 200 < len(val) < 400
+    seen, steps, largest = [set(), set()], {level: set() for level in range(1, 6)}, {}
+    for rows, calculations in zip((train, val), seen):
+        for row in rows:
+            calculation, total = calculate(row['question'])
+            assert row['answer'] == str(total) and total >= 0
+            calculations.add(calculation)
+            steps[row['level']].add(re.sub(r'\d', '', calculation))
+            largest[row['level']] = max(largest.get(row['level'], 0), total)
+    assert not seen[0] & seen[1]
+    assert steps[1] == {'+', '-'} and steps[2] == {'++', '+-', '-+', '--'} and all(len(s) == 4 for s in steps[5])
+    assert largest[1] <= 20 < largest[3] < largest[5]
+    assert make('--n_problems=200', '--val_share=.3', '--seed=3') == parts != make('--n_problems=200', '--val_share=.3')
+
+
 # ---- once, and again
 
 def test_what_is_there_is_not_made_again(prepare, run_here, tmp_path):
@@ -272,12 +317,16 @@ def test_bad_input(refused, tmp_path):
     refused('needs --path', '--dataset=text')
     refused('makes no use of --tokenizer', '--dataset=shakespeare', '--tokenizer=char')
     refused('unknown knob --n_token, the nearest is --n_tokens', '--n_token=3')
-    refused('must be one of shakespeare_char, shakespeare, text, fineweb_edu, addition', '--dataset=wikipedia')
+    refused('must be one of shakespeare_char, shakespeare, text, fineweb_edu, addition, problems',
+            '--dataset=wikipedia')
     refused('must be between 1 and', '--dataset=fineweb_edu', '--n_tokens=0')
     refused('must be between 2 and', '--dataset=addition', '--n_questions=1')
     refused('leaves no two numbers', '--dataset=addition', '--input_max=10001')
     (tmp_path / 'data').write_text('')
     refused('cannot write to', '--dataset=addition', '--n_questions=9', writes=True)
+    refused('cannot write to', '--dataset=problems', '--n_problems=9', writes=True)
+    refused('makes no use of --path', '--dataset=problems', '--path=x', writes=True)
+    refused('must be between 1 and', '--dataset=problems', '--n_problems=100001', writes=True)
 
 
 def test_without_a_network(refused, prepare, tmp_path, monkeypatch):

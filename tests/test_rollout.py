@@ -1,9 +1,16 @@
-"""rollout_think.py: text with thoughts inside, what it is paid, and other models that judge it."""
+"""
+rollout_think.py: text with thoughts inside, what it is paid, and other models that judge it; problems that a pretrained
+model solves.
+"""
+import gc
 import itertools
+import json
+import sys
+from fractions import Fraction
 
 import pytest
 import torch
-from conftest import JUDGE, TEXT, metrics
+from conftest import JUDGE, TEXT, metrics, start
 
 import utils
 from model import GPT2, GPT2Thinking, ThinkingModelConfig
@@ -241,10 +248,206 @@ def test_models_that_do_not_fit_are_refused(run_here, tmp_path):
     for more, message in ((['--text_len=9'], 'up to 18 written ones are more'), (['--group_size=1'], 'at least 2'),
                           (['--reference=nowhere.pt'], 'nowhere.pt is not'), (['--reference='], 'must name a model'),
                           ([f'--reference={TEXT.name}/other.pt'], 'no model called model, but other'),
-                          ([f'--reference={tmp_path}/none/here'], 'no reference model at'),
+                          ([f'--reference={tmp_path}/none/here'], 'no model of transformers at'),
                           (['--init_from=scratch', '--text_len=13'], 'reads 16 tokens, too few'),
                           ([f'--init_from={tmp_path}/none/here'], 'no GPT-2 weights at'),
                           (['--prefix_len=99999'], 'a smaller')):
         code, _, err = run_here(SCRIPT, *start, *more)
         assert code == 2 and message in err and err.count('\n') == 1, err
     assert run_here(SCRIPT, *start)[0] == 0
+
+
+# ---- problems
+
+@pytest.fixture(scope='module')
+def solver(tmp_path_factory):
+    """A folder with a tiny Llama, whose tokens are x (anything else), 0, 1, 2, \\boxed{ and }, and with problems."""
+    transformers = pytest.importorskip('transformers')
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    folder = tmp_path_factory.mktemp('solver')
+    vocab = {piece: i for i, piece in enumerate(['<end>', 'x', '\\boxed{', '}', '0', '1', '2'])}
+    theirs = Tokenizer(models.WordLevel(vocab, unk_token='x'))
+    theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r'\\boxed\{|[012}]|[^012}\\]+|\\'), 'isolated')
+    theirs.decoder = decoders.Fuse()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=theirs, eos_token='<end>').save_pretrained(folder / 'llama')
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=7, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=None, eos_token_id=0, initializer_range=.1)).save_pretrained(folder / 'llama')
+    for part, n in (('train', 30), ('val', 12)):
+        (folder / f'{part}.jsonl').write_text(''.join(
+            json.dumps({'question': '0' * (i % 5) + '1?', 'answer': '2', 'level': 1 + i % 3}) + '\n' for i in range(n)))
+    return folder
+
+
+@pytest.fixture
+def of_math(solver, monkeypatch):
+    """Knobs of this script for problems, in place of those for text."""
+    knobs = ['--reward=math', f'--data={solver}', f'--init_from={solver}/llama', '--text_len=6', '--batch_size=4',
+             '--group_size=8', '--max_steps=6', '--eval_every=3', '--warmup_steps=2', '--eval_prefixes=9',
+             '--learning_rate=3e-3', '--device=cpu', '--at_once=5']
+    monkeypatch.setattr('conftest.TINY', {SCRIPT: knobs})
+    return knobs
+
+
+def test_a_pretrained_model_learns_what_is_paid(of_math, run_here, tmp_path):
+    code, out, err = run_here(SCRIPT, f'--out_dir={tmp_path}/a', '--max_steps=30', '--eval_every=15')
+    assert code == 0 and not err, err
+    result, lines = json.loads(out.splitlines()[-1]), metrics(tmp_path / 'a')
+    assert result['accuracy'] == 1 and result['accuracy_at_level'] == {'1': 1, '2': 1, '3': 1}
+    assert lines[0]['val_accuracy'] < .5 and lines[-1]['val_accuracy_at_3'] == 1 and 0 <= result['format'] <= 1
+    assert lines[1]['accuracy'] < .5 < lines[-2]['accuracy'] and {
+        'format', 'length', 'mixed', 'entropy', 'max_weight', 'effective_n', 'gradient_norm'} < lines[1].keys()
+    samples = (tmp_path / 'a/samples.txt').read_text()
+    assert '01?\n' in samples and '2 ✓' in samples and '✗' in samples
+    # its checkpoint has its weights, and is no model for texts
+    code, out, _ = run_here(SCRIPT, f'--out_dir={tmp_path}/b', f'--init_from={tmp_path}/a/ckpt.pt', '--eval_only=True')
+    assert code == 0 and json.loads(out.splitlines()[-1])['accuracy'] == 1
+
+
+@pytest.mark.parametrize('advantage', ['grpo', 'softmax'])
+def test_solutions_are_drawn_and_paid_as_the_obvious_way_does(advantage, of_math, script):
+    """One after another, without a cache or padding, with the rewards by hand; and in parts of any size."""
+    names = script(f'--advantage={advantage}', '--tau=.3', '--format_weight=.4', '--temperature=.7')
+    model, (problems, _) = names['model'], names['draw'](0)
+    noise = torch.rand(32, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():       # an untrained head is hardly ever right, and never wrong enough to tell
+        model.lm_head.weight *= 3
+    loss, logged = names['losses'](problems, None, noise, None)
+    loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+    expected, rewards, lengths, n_mixed = 0., torch.zeros(4, 8), [], 0
+    for b, problem in enumerate(problems):
+        ids, mask = names['ask']([problem])
+        assert mask.all()
+        log_ps = []
+        for g in range(8):
+            row, log_p, text = ids[0], 0., ''
+            for t in range(6):
+                logits = model(row[None]).logits[0, -1]
+                token, _ = utils.sample(logits[None], noise[8 * b + g, t:t + 1], temperature=.7)
+                log_p = log_p + logits.log_softmax(0)[token[0]]
+                row = torch.cat([row, token])
+                text += ['', 'x', '\\boxed{', '}', '0', '1', '2'][token]
+                if token == 0:
+                    break
+            log_ps.append(log_p)
+            lengths.append(t + 1)
+            box = text.rpartition('\\boxed{')[2].partition('}') if '\\boxed{' in text else ('', '', '')
+            numbers = ''.join(c if c in '012' else ' ' for c in text).split()
+            given = box[0] if box[1] else numbers[-1] if numbers else ''
+            rewards[b, g] = (given.isdigit() and int(given) == 2) + .4 * (bool(box[1]) and text.count('\\boxed{') == 1)
+        n_mixed += 0 < (rewards[b] >= 1).sum() < 8
+        weights = utils.advantages(rewards[b:b + 1], advantage, .3)[0]
+        expected = expected - sum(w * log_p for w, log_p in zip(weights, log_ps)) / (4 * 6)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
+    assert logged['accuracy'] == (rewards >= 1).float().mean() > 0 and logged['mixed'] == n_mixed / 4
+    assert logged['length'] == sum(lengths) / 32 and min(lengths) < max(lengths)
+    model.zero_grad()
+    expected.backward()
+    for p, gradient in zip(model.parameters(), gradients):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
+    # half precision: what generate has cast must not cost the weights their gradient
+    half = script(f'--advantage={advantage}', '--tau=.3', '--dtype=bfloat16', '--at_once=99')
+    half['model'].load_state_dict(model.state_dict())
+    with half['world'].autocast:
+        loss, _ = half['losses'](problems, None, noise, None)
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in half['model'].parameters())
+
+
+def test_problems_resume_bit_for_bit(of_math, run_here, tmp_path, monkeypatch):
+    assert run_here(SCRIPT, f'--out_dir={tmp_path}/whole')[0] == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        log = utils.Run.log
+
+        def breaks(self, step, **numbers):
+            if step == 4:
+                raise KeyboardInterrupt
+            log(self, step, **numbers)
+        patch.setattr(utils.Run, 'log', breaks)
+        run_here(SCRIPT, f'--out_dir={tmp_path}/broken')
+    gc.collect()        # closes its files, as the end of a process does
+    code, _, err = run_here(SCRIPT, f'--out_dir={tmp_path}/broken', '--init_from=resume')
+    assert code == 0, err
+    assert metrics(tmp_path / 'broken') == metrics(tmp_path / 'whole') and len(metrics(tmp_path / 'whole')) == 9
+    broken, whole = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)['models']['model']
+                     for name in ('broken', 'whole'))
+    assert broken['source'] == whole['source']
+    assert all(torch.equal(tensor, whole['state'][key]) for key, tensor in broken['state'].items())
+    # not as a model for texts, and no model for texts for it
+    monkeypatch.undo()
+    for more, message in (([f'--init_from={tmp_path}/whole/ckpt.pt', '--reward=text'], 'makes no use of'),
+                          ([f'--init_from={TEXT.name}/judge.pt', '--reward=math'], 'makes no use of')):
+        code, _, err = run_here(SCRIPT, *more)
+        assert code == 2 and message in err and err.count('\n') == 1, err
+
+
+def test_two_processes_solve_as_one(of_math, run_here, tmp_path):
+    more = ['--max_steps=4', '--eval_every=4']
+    two = start(SCRIPT, f'--out_dir={tmp_path}/two', *more,
+                launcher=(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'))
+    assert run_here(SCRIPT, f'--out_dir={tmp_path}/one', *more)[0] == 0
+    _, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err
+    one, two = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)['models']['model']['state']
+                for name in ('one', 'two'))
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, atol=1e-5, rtol=0)
+
+
+def test_problems_of_math_and_gsm8k_are_read(of_math, script, run_here, tmp_path):
+    load = script()['load_problem']
+    hard = {'problem': 'Find $x$.', 'level': 'Level 4', 'type': 'Algebra',
+            'solution': 'It is $\\boxed{0}$, no, \\boxed{\\frac{1}{2}}.'}
+    school = {'question': 'How many?', 'answer': '9 + 9 = <<9+9=18>>18\n#### 1,018'}
+    assert load(json.dumps(hard)) == {'question': 'Find $x$.', 'answer': '\\frac{1}{2}', 'level': '4'}
+    assert load(json.dumps(school)) == {'question': 'How many?', 'answer': '1,018', 'level': ''}
+    assert load(json.dumps({**hard, 'answer': None}))['answer'] == '\\frac{1}{2}'
+    assert load('{"question": "?", "answer": 7, "level": 2}') == {'question': '?', 'answer': '7', 'level': '2'}
+    rows = [json.dumps({**hard, 'level': f'Level {level}'}) for level in range(1, 6) for _ in range(7)]
+    (tmp_path / 'math.jsonl').write_text('\n'.join(rows))
+    names = script(f'--data={tmp_path}/math.jsonl', '--levels=4, 5')
+    assert [len(names[part]) for part in ('train_set', 'val_set')] == [12, 2]
+    assert {row['level'] for row in names['train_set']} == {'4', '5'} == {row['level'] for row in names['val_set']}
+    for line, message in (('{"question": "?"', 'line 3 is no problem: Expecting'),
+                          ('[1]', 'line 3 is no problem: it is no'),
+                          ('{"question": "?", "answer": null}', 'line 3 is no problem: it needs'),
+                          ('{"problem": "?", "solution": "\\\\boxed{1"}', 'line 3 is no problem: it needs'),
+                          ('', 'no two problems of levels=7; its levels are 4')):
+        (tmp_path / 'bad.jsonl').write_text(f'{json.dumps(hard)}\n\n{line}\n')
+        code, _, err = run_here(SCRIPT, f'--data={tmp_path}/bad.jsonl', '--levels=7')
+        assert code == 2 and message in err and err.count('\n') == 1, err
+    for more, message in (('--data=nowhere', 'no problems in nowhere'), ('--gamma=.5', 'makes no use of --gamma'),
+                          ('--init_from=scratch', 'must name a pretrained model'),
+                          (f'--init_from={tmp_path}/none', 'no model of transformers'),
+                          (f'--init_from={TEXT.name}/judge.pt', 'has no model for --reward=math')):
+        code, _, err = run_here(SCRIPT, more)
+        assert code == 2 and message in err and err.count('\n') == 1, err
+
+
+def test_answers_are_compared_as_numbers(of_math, script):
+    names = script()
+    for text in ('18', '18.0', '$18', ' 18. ', '+18', '36/2', '\\frac{36}{2}', '\\dfrac{36}{2}', '18\\%', '\\text{18}'):
+        assert names['value'](text) == 18, text
+    assert names['value']('1,234,567.5') == Fraction(2469135, 2) and names['value']('-.5') == Fraction(-1, 2)
+    assert names['value']('(1,2)') == names['value']('\\left( 1, 2 \\right)') != names['value']('(12)')
+    assert names['value']('2\\frac{1}{2}') != Fraction(21, 2) and names['value']('-\\frac{1}{2}') == Fraction(-1, 2)
+    assert names['value']('1/0') == '1/0' and names['value']('1e999999999') == '1e999999999'
+    for text, right, formed in (('So \\boxed{18}.', True, True), ('\\boxed{1} or \\boxed{ 18 }', True, False),
+                                ('12 + 6 = 18', True, False), ('\\boxed{17} 18', False, True), ('', False, False),
+                                ('\\boxed{18', True, False), ('18 or 1,800', False, False),
+                                ('\\boxed{\\frac{36}{2}}', True, True)):
+        assert names['mark'](text, '18') == (right, formed), text
+
+
+def test_a_chat_template_is_used_where_there_is_one(of_math, script):
+    names = script()
+    names['tokenizer'].chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    problems = [{'question': question} for question in ('00?', '2?')]
+    ids, given = names['ask'](problems)
+    assert ids.shape == given.shape and given.sum(1).tolist() == [ids.shape[1], ids.shape[1] - 1]
+    (first, solved), (second, again) = names['EXAMPLES']
+    shown = f"user{names['PROMPT']}\n\n{first}assistant{solved}user{second}assistant{again}user"
+    assert ids[0].tolist() == names['tokenizer'](shown + '00?')['input_ids']
