@@ -766,7 +766,7 @@ def speed_trl(n_prompts=64, G=32):
 BLIND = '--search=False --advantage=grpo --batch_size=64 --group_size=32 --n_layer=2 --n_head=4'
 FIVE = f'{BLIND} --input_max=500 --think_len=3 --d_model=32'
 TWICE = {'eager': '', 'one CUDA graph': '--compile=True', 'the same, kernels fused': '--compile=True --fuse=True'}
-GPT2_124M = ('--data=data/novels --think_len=0 --n_layer=12 --n_head=12 --d_model=768 --text_len=1024 '
+GPT2_124M = ('--data=data/shakespeare --think_len=0 --n_layer=12 --n_head=12 --d_model=768 --text_len=1024 '
              '--batch_size=64 --dtype=bfloat16 --compile=True --eval_sequences=1')
 EVERYWHERE = ('--thought=token --temperature=1 --think_len=4 --at_once=1 --n_layer=6 '
               '--n_head=6 --d_model=384 --text_len=256 --batch_size=32 --dtype=bfloat16 --eval_sequences=1')
