@@ -200,7 +200,7 @@ NEEDS = {
     'batch': ('--baseline=batch', 'compared with the mean reward of all questions'),
 }
 MATH = ('--reward=math --data=data/problems --levels=1,2 --text_len=48 --batch_size=32 --learning_rate=1e-5 '
-        '--max_steps=40 --eval_every=10 --eval_prefixes=256 --dtype=bfloat16')
+        '--max_steps=40 --eval_every=20 --eval_prefixes=256 --dtype=bfloat16')
 SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     'learning': {
         'blind': ('cpu', 'add_think_blind', '', 'two thoughts of ten tokens'),
