@@ -202,19 +202,19 @@ SPARSE = ('--super=True --clean=True --search=False --input_max=32 --d_thought_v
           '--batch_size=128 --group_size=32 --entropy_weight=.03')
 HALF = {    # tasks whose groups are looked at: (script, knobs of a training that stops half way)
     'blind': ('add_think_blind', f'{SPARSE} --advantage=grpo --max_steps=300 --eval_every=300'),
-    'perm': ('add_think', '--task=perm --input_max=10 --max_steps=500'),
-    's5': ('add_think', '--task=s5 --d_thought_vocab=256 --batch_size=128 --max_steps=500'),
+    'perm': ('add_think', '--task=perm --input_max=10 --k=2 --k_test=6 --enough=.4 --eval_every=20'),
+    's5': ('add_think', '--task=s5 --n_letters=3 --d_thought_vocab=256 --batch_size=64 --advance_at=.85 '
+           '--max_steps=1000 --eval_every=1000'),
 }
 OFTEN = '--eval_every=10 --eval_questions=500'
 WEIGHED = {     # tasks on which weightings are compared by training: (script, knobs)
     'blind': ('add_think_blind', f'{SPARSE} --max_steps=1000 {OFTEN}'),
-    'perm': ('add_think', f'--task=perm --input_max=10 --k=3 --max_steps=1000 --enough=2 {OFTEN}'),
-    'add': ('add_think', f'--k=3 --max_steps=1000 --enough=2 {OFTEN}'),
+    'perm': ('add_think', f'--task=perm --input_max=10 --k=3 --max_steps=2000 --enough=2 {OFTEN}'),
+    'add': ('add_think', f'--k=3 --max_steps=2000 --enough=2 {OFTEN}'),
 }
 WEIGHTINGS = {  # row: (knobs, what it is)
     'rloo': ('--advantage=rloo', 'what the others are compared with'),
     **{kind: (f'--advantage={kind}', '') for kind in ('dr_grpo', 'grpo', 'batch_std', 'quantile', 'quantile_batch')},
-    'reinforce': ('', 'a running mean for all questions'),
     'softmax': ('--advantage=softmax --tau=1', 'tau 1'), 'softmax-sharp': ('--advantage=softmax --tau=.1', 'tau .1'),
     'softmax_quantile': ('--advantage=softmax_quantile --tau=1', 'tau 1'), 'best': ('--advantage=best', ''),
     'one': ('--advantage=rloo --rollouts_per_update=1', 'rloo, one rollout of each group counts'),
@@ -351,9 +351,15 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
         'untrained': 'untrained', 'quarter': '25% of rollouts right', 'most': '75% right'}.items()},
     **{suite: {row: ('cpu', script, knobs, '') for row, (script, knobs) in HALF.items()}
        for suite in ('sparsity', 'weights')},
-    'weighting': {f'{task}-{row}': ('cpu', script, ' '.join([base, more or {
-        'add_think': '--baseline=batch', 'add_think_blind': '--advantage=reinforce'}[script]]), what)
-                  for task, (script, base) in WEIGHED.items() for row, (more, what) in WEIGHTINGS.items()},
+    'weighting': {
+        **{f'{task}-{row}': ('cpu', script, f'{base} {more}', what) for task, (script, base) in WEIGHED.items()
+           for row, (more, what) in WEIGHTINGS.items()},
+        **{f'{task}-reinforce': ('cpu', *WEIGHED[task][:1], f'{WEIGHED[task][1]} {more}', 'a mean of all questions')
+           for task, more in (('blind', '--advantage=reinforce'), ('perm', '--baseline=batch'),
+                              ('add', '--baseline=batch'))},
+        'blind-taught': ('cpu', 'add_think_blind', f'{WEIGHED["blind"][1]} --advantage=rloo --supervised_weight=1',
+                         'rloo, and taught the right code beside it'),
+    },
     'temperature': {f'{task}-{kind}-{tau}': ('cpu', *WEIGHED[task][:1], f'{WEIGHED[task][1]} --advantage={kind} '
                                              f'--tau={tau}', '')
                     for task in ('blind', 'perm') for kind in ('softmax', 'softmax_quantile')
@@ -944,16 +950,16 @@ def gradient_picture(path):
     write_atomic(Path(path), lambda path: figure.write_html(path, config={'displayModeBar': False}))
 
 
-def sampled_groups(row, seed, N=512, G=16):
+def sampled_groups(suite, row, seed, N=512, G=16):
     """
     Rewards of N groups of G rollouts, by (state of the model, depth of the questions): 'sparse' 1 for the right
     hand-made thoughts (blind) or for thoughts after which the right answer is the most likely, else 0; 'dense' log
-    p(answer). The models are those of the row's command, and the same untrained.
+    p(answer). The models are those of the row's command, and the same untrained; both suites share those of sparsity.
     """
     found, still = {}, ['--max_steps=1', '--learning_rate=0', *['--learning_rate_answer=0'] * (row == 'blind')]
     for state, more in {'untrained': still, 'half-trained': []}.items():
         folder = ROOT / f'out/bench/sparsity-{row}/{seed}-{state}'
-        if not (folder / 'ckpt.pt').exists():
+        if suite == 'sparsity' or not (folder / 'ckpt.pt').exists():
             run('sparsity', row, seed, folder.name, *more)
         checkpoint = torch.load(folder / 'ckpt.pt', weights_only=True)
         models = {name: unpack(packed) for name, packed in checkpoint['models'].items()}
@@ -993,7 +999,7 @@ def rounded(numbers):
 def sparsity(suite, row, seed):
     """How often groups have something to learn from, and how large linear advantages are then."""
     result = {}
-    for (state, depth), rewards in sampled_groups(row, seed).items():
+    for (state, depth), rewards in sampled_groups(suite, row, seed).items():
         right, dense = rewards['sparse'].sum(1), rewards['dense']
         low, middle, high = dense.flatten().quantile(torch.tensor([.1, .5, .9])).tolist()
         result[f'{state}, depth {depth}'] = rounded({
@@ -1012,7 +1018,7 @@ def weights(suite, row, seed):
     in the whole batch; then in groups with right and wrong ones: largest share, entropy, effective number.
     """
     result = {}
-    for (state, depth), rewards in sampled_groups(row, seed).items():
+    for (state, depth), rewards in sampled_groups(suite, row, seed).items():
         right = rewards['sparse'] == 1
         mixed = right.any(1) & ~right.all(1)
         for reward, got in rewards.items():
@@ -1030,7 +1036,7 @@ def weights(suite, row, seed):
     return result
 
 
-EARLY = (10, 20, 30, 100, 300)
+EARLY = (10, 20, 30, 100, 300, 1000)
 
 
 def steadiness(row, log):
@@ -1104,7 +1110,7 @@ def sparsity_table():
 def weights_table():
     """What the weights suite found for half-trained models, in Markdown: an estimator a row."""
     cells = {'blind': ('half-trained, depth 1, sparse', 'half-trained, depth 1, dense'),
-             'perm': ('half-trained, depth 3, sparse', 'half-trained, depth 3, dense'),
+             'perm': ('half-trained, depth 2, sparse', 'half-trained, depth 2, dense'),
              's5': ('half-trained, depth 2, sparse', 'half-trained, depth 2, dense')}
     found = [(f'{row}, {case}', [run[case] for run in json.loads(path.read_text())['runs'] if run[case]])
              for row, cases in cells.items() if (path := RESULTS / f'weights-{row}.json').exists() for case in cases]
