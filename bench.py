@@ -6,6 +6,7 @@ Every number in the README: this script measures it, keeps the raw results in as
     python bench.py --suite=ablation --seeds=3      # another table
     python bench.py --suite=variants --parallel=12  # twelve runs at once: quicker in all, each of them slower
     python bench.py --suite=tables                  # no runs: the README's tables from assets/results/
+    python bench.py --suite=tables --picture=out/gradient.html     # and the picture of the gradient suite
 
 A result file names the command, the hardware, the version of torch and the commit (null where git is not at hand), and
 holds the last line of every run. A row is measured on a CPU or on a GPU, whichever it belongs on.

@@ -51,8 +51,8 @@ def test_estimates_beside_the_exact_gradient(bench):
         assert abs(found[name]['mean_cosine'] - mean_cosine) < .02
     for name in ('rloo', 'reinforce'):          # without bias
         assert abs(found[name]['mean_cosine'] - 1) < 4 * found[name]['mean_cosine_error'] < .05
-        assert found[name]['bias'] < .1
-    assert abs(found['dr_grpo']['bias'] - 1 / G) < .1       # too short, in the right direction
+        assert found[name]['bias']**2 < 6 * found[name]['variance'] / n         # what noise makes of none
+    assert abs(found['dr_grpo']['length'] / found['rloo']['length'] - (1 - 1 / G)) < 1e-3       # too short
     assert found['softmax, tau .1']['mean_cosine'] < .98
 
 
