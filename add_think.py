@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 
 from model import ModelConfig, ThinkingModelConfig, make_model, pack
-from utils import (Run, SerialTask, World, ablations, advantages, fail, make_optimizer, need, paint, read_knobs,
-                   schedule, show_tokens, user_errors)
+from utils import (Run, SerialTask, World, ablations, advantages, concentration, fail, make_optimizer, need, paint,
+                   read_knobs, schedule, show_tokens, some_rollouts, user_errors)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -66,9 +66,11 @@ answer_at = 'last'              # 'last' | 'end': the answer is read at the last
 hardest = .8                    # share of steps with questions of the greatest depth so far; the others are of any less
 advance_at = .96                # share of right answers, a running mean, at which depth grows by one
 group_size = 8                  # G: rollouts of a question
+rollouts_per_update = 0         # rollouts of a group, drawn by chance, that thoughts are learned from; 0: all
 baseline = 'group'              # 'group' | 'batch' | 'no_think': mean of the group, of all, or a lagged copy's log p
-advantage = 'dr_grpo'           # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best': with baseline group
-tau = 1.                        # temperature of softmax
+advantage = 'dr_grpo'           # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best' | 'batch_std' | 'quantile' |
+                                # 'quantile_batch' | 'softmax_quantile': with baseline group, see utils.py
+tau = 1.                        # temperature of softmax and softmax_quantile
 code_price = 3.                 # price of a code, nats per log of how much too often it is written
 memory = .9                     # share of the counts of written codes that is kept per step
 epsilon = 0.                    # share of a rollout's thoughts that are drawn at random
@@ -93,6 +95,8 @@ knobs = read_knobs(__file__, globals())
 thinks = thoughts == 'own'
 if group_size < 2 and thinks and baseline == 'group':
     fail(f'baseline=group compares the rollouts of a group: group_size={group_size} must be at least 2')
+if rollouts_per_update > group_size:
+    fail(f'rollouts_per_update={rollouts_per_update} are some of a group of group_size={group_size}')
 if not fixed and not thinks:
     fail(f'thoughts={thoughts} have no end to choose: --fixed=True')
 if thoughts == 'none' and answer_at == 'end':
@@ -350,11 +354,15 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
                 loss = loss + F.nll_loss(respond(question[::G], nothing)[2], answer[::G])
                 with torch.no_grad():
                     base = respond(question[::G], nothing, models['lagged'])[2].gather(1, answer[::G, None])    # (B, 1)
-            weights = advantages(rewards, advantage if baseline == 'group' else 'reinforce', tau, base)     # (B, G)
-            state['baseline'].lerp_(world.gather(rewards).mean(), .1)
+            everybody = world.gather(rewards)
+            weights = advantages(rewards, advantage if baseline == 'group' else 'reinforce', tau, base, everybody)
+            counted = weights                                                       # (B, G)
+            if rollouts_per_update:
+                counted = some_rollouts(weights, rollouts_per_update, world.draw(torch.rand, batch_size, G))
+            state['baseline'].lerp_(everybody.mean(), .1)
             new = max(0, 1 - (step - state['since'].item()) / max(1, entropy_steps))      # falls from 1 to 0
             bonus = entropy_end + (entropy_weight - entropy_end) * new
-            loss = loss - (weights * log_pi.sum(1).view(-1, G)).sum(1).mean() - bonus * entropy.sum(1).mean()
+            loss = loss - (counted * log_pi.sum(1).view(-1, G)).sum(1).mean() - bonus * entropy.sum(1).mean()
         elif thoughts == 'chain':
             loss = loss - log_pi.sum(1).mean()
     loss.backward()
@@ -378,12 +386,10 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
 
     if step % log_every == 0:
         if thinks and T:        # collapse shows here
-            size = weights.abs() / weights.abs().sum(1, keepdim=True).clamp(min=1e-9)
             logged |= {'reward': rewards.mean().item(),
                        'reward_std_in_group': rewards.std(1, correction=0).mean().item(),
                        'entropy': entropy.mean().item(), 'distinct_thoughts': len(thought.unique()),
-                       'log_prob': log_pi.mean().item(), 'max_weight': size.max(1).values.mean().item(),
-                       'effective_n': (1 / size.square().sum(1).clamp(min=1e-9)).clamp(max=G).mean().item(),
+                       'log_prob': log_pi.mean().item(), **concentration(weights),
                        'epsilon': epsilon, 'thoughts': length(thought)}
         run.log(step, **logged)
     n_steps = step + 1

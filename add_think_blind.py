@@ -35,8 +35,9 @@ import torch
 import torch.nn.functional as F
 
 from model import ThinkingModelConfig, make_model, pack
-from utils import (Run, World, ablations, addition_questions, advantages, balanced_target, digits, fail, fused,
-                   make_optimizer, need, read_knobs, recorded, sample, schedule, show_tokens, user_errors)
+from utils import (NEED_GROUPS, Run, World, ablations, addition_questions, advantages, balanced_target, concentration,
+                   digits, fail, fused, make_optimizer, need, read_knobs, recorded, sample, schedule, show_tokens,
+                   some_rollouts, user_errors)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -62,13 +63,16 @@ frozen = 'none'                 # 'none' | 'thinking' | 'answering': the policy 
 super = False                   # teach the answering policy hand-made thoughts: the answer's digits in base L
 super_order = 'msb'             # 'msb' | 'lsb' | 'random': digits most or least significant first, or a random code
 clean = False                   # hand-made reward: 1 for exactly the hand-made thoughts, 0 for all others
+supervised_weight = 0.          # of teaching the thinking policy the hand-made thoughts too: teacher forcing + RL
 search = True                   # candidates are all L^T codes, or from 2^17 on those written and as many random ones
-advantage = 'balanced'          # 'balanced' | 'softmax' | 'best' | 'grpo' | 'rloo' | 'dr_grpo' | 'reinforce' | 'clean'
-tau = .1                        # temperature of balanced and softmax: smaller makes the best codes count more
+advantage = 'balanced'          # 'balanced' | 'softmax' | 'best' | 'grpo' | 'rloo' | 'dr_grpo' | 'reinforce' |
+                                # 'clean' | 'batch_std' | 'quantile' | 'quantile_batch' | 'softmax_quantile' (utils.py)
+tau = .1                        # temperature of balanced and softmax(_quantile): smaller makes the best count more
 balance_steps = 10              # of balanced: iterations per step that keep answers from sharing codes; 0: they may
 memory = .9                     # of balanced without search: share of the counts of written codes kept per step
 answer_on = 'chosen'            # 'chosen' | 'written': answering learns from thoughts that advantage chose, or all
-group_size = 8                  # G: rollouts of a question; none when all codes are searched, so next six do nothing
+group_size = 8                  # G: rollouts of a question; none when all codes are searched, so next seven do nothing
+rollouts_per_update = 0         # rollouts of a group, drawn by chance, that the thinking policy learns from; 0: all
 temperature = 1.                # of rollouts
 top_k = 0                       # rollouts choose from the k most likely thoughts; 0: from all
 top_p = 1.                      # rollouts choose from the fewest thoughts that have this probability together
@@ -101,16 +105,18 @@ if think_len * math.log2(base) > 62:
 n_codes = d_thought_vocab ** think_len if fixed else sum(d_thought_vocab ** t for t in range(think_len + 1))
 n_slots = min(base ** think_len, 2**17 - 1)     # for prices and counts: where codes are more, some share one
 search_all = search and base ** think_len <= n_slots
-if (super or clean) and d_thought_vocab ** think_len < input_max:
+if (super or clean or supervised_weight) and d_thought_vocab ** think_len < input_max:
     fail(f'd_thought_vocab={d_thought_vocab} and think_len={think_len} make no digits for {input_max} answers')
 if search and advantage not in ('balanced', 'softmax', 'best'):
     fail(f'advantage={advantage} needs rollouts: --search=False')
 if search and answer_on == 'written':
     fail('answer_on=written needs rollouts: --search=False')
-if group_size < 2 and advantage in ('grpo', 'rloo', 'dr_grpo'):
+if group_size < 2 and advantage in NEED_GROUPS:
     fail(f'advantage={advantage} compares the rollouts of a group: group_size={group_size} must be at least 2')
 if not search and advantage == 'balanced' and input_max * n_slots > 2**26:
     fail(f'without search, counts are kept for {input_max} answers x {n_slots} codes, over 2^26: --search=True')
+if rollouts_per_update > group_size or rollouts_per_update and (search or advantage == 'balanced'):
+    fail(f'rollouts_per_update={rollouts_per_update} are of the rollouts of a policy gradient, group_size={group_size}')
 if compile and (epsilon_steps or not search_all and (search or advantage == 'balanced')):
     fail('compile=True needs steps that are alike: all codes searched, or rollouts without balanced and epsilon_steps')
 if fuse and not compile:
@@ -294,8 +300,9 @@ def target(rewards, codes, column, answers):
 @fused
 def losses(rows, noise, *how):
     """
-    For questions with these rows (batch_size,), of all processes, by noise (B,): losses of the thinking and of the
-    answering policy, entropy of thoughts, and which candidates were chosen (B, K). how: see candidates and explore.
+    For questions with these rows (batch_size,), of all processes, by noise (B,), with rollouts_per_update (B, G):
+    losses of the thinking and of the answering policy, entropy of thoughts, which candidates were chosen (B, K), and
+    how much they count. how: see candidates and explore.
     """
     all_answers = train_set[rows].sum(1) % input_max
     question, answer = train_set[world.share(rows)], world.share(all_answers)       # (B, n_adds), (B,)
@@ -313,8 +320,9 @@ def losses(rows, noise, *how):
         answering_loss = -(log_target.exp() * log_q).sum(1)[answer].mean()
     else:                                       # its own rollouts, compared with the others of the group
         chosen, group_rewards = column, rewards[answer[:, None], column]            # (B, G)
-        weights = advantages(group_rewards, advantage, tau, state['baseline'])      # (B, G)
-        state['baseline'].lerp_(world.gather(group_rewards).mean(), .1)
+        everybody = world.gather(group_rewards)
+        weights = advantages(group_rewards, advantage, tau, state['baseline'], everybody)           # (B, G)
+        state['baseline'].lerp_(everybody.mean(), .1)
         positive = weights.clamp(min=0) + 1e-9
         answering_loss = -(positive / positive.sum(1, keepdim=True) * log_q[answer[:, None], column]).sum(1).mean()
     if answer_on == 'written':
@@ -322,23 +330,29 @@ def losses(rows, noise, *how):
     if super:
         answering_loss = F.cross_entropy(answering.answer(hand_made).float()[answer], answer)
 
+    counted = some_rollouts(weights, rollouts_per_update, noise) if rollouts_per_update else weights
     K = chosen.shape[1]
     log_pi, entropy = (x.sum(1).view(-1, K) for x in thinking.thought_log_probs(
         question.repeat_interleave(K, dim=0), codes[chosen].flatten(0, 1), fixed, entropy=True,
         merge=merge and K > 1))                                                     # (B, K)
-    return -(weights * log_pi).sum(1).mean(), answering_loss, entropy.mean(), chosen
+    thinking_loss = -(counted * log_pi).sum(1).mean()
+    if supervised_weight:
+        log_pi = thinking.thought_log_probs(question, hand_made[answer], fixed)     # (B, T)
+        thinking_loss = thinking_loss - supervised_weight * log_pi.sum(1).mean()
+    return thinking_loss, answering_loss, entropy.mean(), chosen, weights
 
 
 def update(*how):
-    """One step of the optimisers, see losses for how, and what it returns."""
+    """One step of the optimisers, see losses for how; what that returns, and the norm of thinking's gradient."""
     with world.autocast:
-        thinking_loss, answering_loss, entropy, chosen = losses(*how)
+        thinking_loss, answering_loss, entropy, *more = losses(*how)
     (thinking_loss - entropy_weight * entropy + answering_loss).backward()
     world.mean_gradients([parameter for model in models.values() for parameter in model.parameters()])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in thinking.parameters() if p.grad is not None])
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return thinking_loss.detach(), answering_loss.detach(), entropy.detach(), chosen
+    return thinking_loss.detach(), answering_loss.detach(), entropy.detach(), *more, norm
 
 
 if compile:
@@ -353,18 +367,19 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
 
     # a batch of questions; every process draws all of it and takes its share
     rows = torch.randint(len(train_set), (batch_size,), generator=world.generator, device=world.device)
-    how = [rows, world.draw(torch.rand, batch_size)]
+    how = [rows, world.draw(torch.rand, batch_size, *[group_size] * (rollouts_per_update > 0))]
     if not search_all:
         dice = world.draw(torch.rand, batch_size, group_size, think_len).flatten(0, 1)
         jitter = world.draw(torch.randn, batch_size, group_size, base).flatten(0, 1) if logit_noise else 0.
         more = torch.randint(base ** think_len, (batch_size * group_size,), generator=world.generator,
                              device=world.device) if search else None
         how += [more, dice, jitter, epsilon * max(0, 1 - step / epsilon_steps) if epsilon_steps else epsilon]
-    thinking_loss, answering_loss, entropy, chosen = update(*how)
+    thinking_loss, answering_loss, entropy, chosen, weights, norm = update(*how)
     if step % log_every == 0:
         run.log(step, thinking_loss=thinking_loss.item(), answering_loss=answering_loss.item(),
                 entropy=entropy.item(), chosen_codes=len(chosen.unique()),
-                highest_price=state['prices'].max().item())
+                highest_price=state['prices'].max().item(), gradient_norm=norm.item(),
+                **(concentration(weights) if chosen.shape[1] > 1 else {}))
     n_steps = step + 1
 
 # ---- the last line --------------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 
 from model import ThinkingModelConfig, make_model, pack
-from utils import (Run, World, ablations, advantages, balanced_target, fail, make_optimizer, need, read_knobs, sample,
-                   schedule, show_tokens, user_errors)
+from utils import (NEED_GROUPS, Run, World, ablations, advantages, balanced_target, fail, make_optimizer, need,
+                   read_knobs, sample, schedule, show_tokens, user_errors)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -59,10 +59,11 @@ init = 'unit'                   # 'unit' | 'gpt2': activations of size one, or w
 frozen = 'none'                 # 'none' | 'thinking' | 'answering': the policy that does not learn
 rematch = True                  # of match: deal codes out in every step; False: once, what is owned stays so
 unique = True                   # of match: one code to an input; False: each takes its best, whoever else does
-tau = .1                        # temperature of sinkhorn's target, and of gumbel's softmax
+tau = .1                        # temperature of sinkhorn's target, of gumbel's softmax, and of softmax(_quantile)
 balance_steps = 10              # of sinkhorn: iterations per step
 group_size = 256                # of reinforce, as the next six: G, rollouts of an input
-advantage = 'rloo'              # 'rloo' | 'grpo' | 'dr_grpo' | 'reinforce'
+advantage = 'rloo'              # 'rloo' | 'grpo' | 'dr_grpo' | 'reinforce' | 'batch_std' | 'quantile' |
+                                # 'quantile_batch' | 'softmax' | 'softmax_quantile' | 'best': see utils.py
 code_price = 8.                 # price of a code, in nats per log of how often it is written
 memory = .5                     # share of the counts of written codes that is kept per step, below 1
 entropy_weight = .95            # of a bonus for the entropy of the thinking policy, at the first step
@@ -94,7 +95,7 @@ if method == 'sinkhorn' and input_max * n_codes > 2**26:
     fail(f'sinkhorn scores {input_max} inputs x {n_codes} codes, over 2^26: --method=match')
 if method == 'match' and n_batch * min(2 * n_batch, n_slots) > 2**29:
     fail(f'match scores {n_batch} inputs x twice as many codes, over 2^29: a smaller --batch_size')
-if method == 'reinforce' and group_size < 2 and advantage != 'reinforce':
+if method == 'reinforce' and group_size < 2 and advantage in NEED_GROUPS:
     fail(f'advantage={advantage} compares the rollouts of a group: group_size={group_size} must be at least 2')
 world = World({**knobs, 'batch_size': n_batch})
 
@@ -281,8 +282,9 @@ def policy_gradient(x, step):
     codes, column = numbers.unique(return_inverse=True)                             # (C,): each is read once
     log_q = answering.answer(spell(codes)).float().log_softmax(-1)[column, x[:, None]]      # (B, G)
     rewards = log_q.detach() - code_price * (state['frequency'][numbers] * n_codes).log()
-    weights = advantages(rewards, advantage, baseline=state['baseline'])            # (B, G)
-    state['baseline'].lerp_(world.gather(rewards).mean(), .1)
+    everybody = world.gather(rewards)
+    weights = advantages(rewards, advantage, tau, state['baseline'], everybody)     # (B, G)
+    state['baseline'].lerp_(everybody.mean(), .1)
 
     bonus = entropy_weight + (entropy_end - entropy_weight) * step / max_steps
     return {'thinking_loss': -(weights * log_pi).sum(1).mean() - bonus * entropy.mean(),

@@ -6,6 +6,7 @@ Every number in the README: this script measures it, keeps the raw results in as
     python bench.py --suite=ablation --seeds=3      # another table
     python bench.py --suite=variants --parallel=12  # twelve runs at once: quicker in all, each of them slower
     python bench.py --suite=tables                  # no runs: the README's tables from assets/results/
+    python bench.py --suite=tables --pictures=out   # and its pictures of the suites gradient and scaling, as HTML
 
 A result file names the command, the hardware, the version of torch and the commit (null where git is not at hand), and
 holds the last line of every run. A row is measured on a CPU or on a GPU, whichever it belongs on.
@@ -18,16 +19,17 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev, variance
 
 import torch
 
 from model import GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig, unpack
-from utils import (advantages, device_name, fail, git_commit, make_optimizer, need, peak_flops, read_knobs, recorded,
-                   write_atomic)
+from utils import (SerialTask, advantages, concentration, device_name, digits, fail, git_commit, make_optimizer, need,
+                   peak_flops, read_knobs, recorded, user_errors, write_atomic)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 suite = 'learning'              # which table: a name of SUITES below; tables: no runs, only the README
@@ -36,6 +38,7 @@ seeds = 5                       # runs of each row, with seeds 0, 1, ...
 parallel = 1                    # runs at once
 nanogpt = ''                    # speed: folder of a checkout of nanoGPT, to be measured beside ours
 pretrained = ''                 # math: the model to start from, a .gguf file, or a transformers folder or hub name
+pictures = ''                   # folder for gradient.html and scaling.html, needs plotly; empty: no pictures
 
 knobs = read_knobs(__file__, globals())
 
@@ -201,6 +204,27 @@ NEEDS = {
 }
 MATH = ('--reward=math --data=data/problems --levels=1,2 --text_len=48 --batch_size=32 --learning_rate=1e-5 '
         '--max_steps=40 --eval_every=20 --eval_prefixes=256 --dtype=bfloat16')
+SPARSE = ('--super=True --clean=True --search=False --input_max=32 --d_thought_vocab=6 --d_model=64 --n_head=16 '
+          '--batch_size=128 --group_size=32 --entropy_weight=.03')
+HALF = {    # tasks whose groups are looked at: (script, knobs of a training that stops half way)
+    'blind': ('add_think_blind', f'{SPARSE} --advantage=grpo --max_steps=300 --eval_every=300'),
+    'perm': ('add_think', '--task=perm --input_max=10 --k=2 --k_test=6 --enough=.4 --eval_every=20'),
+    's5': ('add_think', '--task=s5 --n_letters=3 --d_thought_vocab=256 --batch_size=64 --advance_at=.85 '
+           '--max_steps=1000 --eval_every=1000'),
+}
+OFTEN = '--eval_every=10 --eval_questions=500'
+WEIGHED = {     # tasks on which weightings are compared by training: (script, knobs)
+    'blind': ('add_think_blind', f'{SPARSE} --max_steps=1000 {OFTEN}'),
+    'perm': ('add_think', f'--task=perm --input_max=10 --k=3 --max_steps=2000 --enough=2 {OFTEN}'),
+    'add': ('add_think', f'--k=3 --max_steps=2000 --enough=2 {OFTEN}'),
+}
+WEIGHTINGS = {  # row: (knobs, what it is)
+    'rloo': ('--advantage=rloo', 'what the others are compared with'),
+    **{kind: (f'--advantage={kind}', '') for kind in ('dr_grpo', 'grpo', 'batch_std', 'quantile', 'quantile_batch')},
+    'softmax': ('--advantage=softmax --tau=1', 'tau 1'), 'softmax-sharp': ('--advantage=softmax --tau=.1', 'tau .1'),
+    'softmax_quantile': ('--advantage=softmax_quantile --tau=1', 'tau 1'), 'best': ('--advantage=best', ''),
+    'one': ('--advantage=rloo --rollouts_per_update=1', 'rloo, one rollout of each group counts'),
+}
 SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     'learning': {
         'blind': ('cpu', 'add_think_blind', '', 'two thoughts of ten tokens'),
@@ -340,6 +364,23 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
         'noise': ('--logit_noise=1', 'noise added to logits'),
         'frozen': ('--frozen=answering', 'the answering policy does not learn'),
     }.items()},
+    'gradient': {row: ('cpu', 'bench', f'--suite=gradient --only={row}', what) for row, what in {
+        'untrained': 'untrained', 'quarter': '25% of rollouts right', 'most': '75% right'}.items()},
+    **{suite: {row: ('cpu', script, knobs, '') for row, (script, knobs) in HALF.items()}
+       for suite in ('sparsity', 'weights')},
+    'weighting': {
+        **{f'{task}-{row}': ('cpu', script, f'{base} {more}', what) for task, (script, base) in WEIGHED.items()
+           for row, (more, what) in WEIGHTINGS.items()},
+        **{f'{task}-reinforce': ('cpu', *WEIGHED[task][:1], f'{WEIGHED[task][1]} {more}', 'a mean of all questions')
+           for task, more in (('blind', '--advantage=reinforce'), ('perm', '--baseline=batch'),
+                              ('add', '--baseline=batch'))},
+        'blind-taught': ('cpu', 'add_think_blind', f'{WEIGHED["blind"][1]} --advantage=rloo --supervised_weight=1',
+                         'rloo, and taught the right code beside it'),
+    },
+    'temperature': {f'{task}-{kind}-{tau}': ('cpu', *WEIGHED[task][:1], f'{WEIGHED[task][1]} --advantage={kind} '
+                                             f'--tau={tau}', '')
+                    for task in ('blind', 'perm') for kind in ('softmax', 'softmax_quantile')
+                    for tau in ('.1', '.25', '.5', '.75', '1', '2', '5')},
 }
 COMMON = {'variants': SMALL, 'thousand': THOUSAND, 'lengths': LENGTHS, 'origin': FORMING, 'code': '', 'capacity': '',
           'dealt': DEALT, 'paid': PAID, **dict.fromkeys(('thinking', 'needs', 'buys'), ''), 's5': S5,
@@ -367,7 +408,7 @@ def run(suite, row, seed, folder, *more):
     threads = {'OMP_NUM_THREADS': str(max(1, os.cpu_count() // parallel))}
     run = subprocess.run([sys.executable, f'{script}.py', *arguments.split(), f'--seed={seed}', f'--device={device}',
                           f'--out_dir={folder}', *more], stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                         env=os.environ | threads)
+                         env=threads | os.environ)     # a number of threads that is set counts
     if run.returncode:
         raise ChildProcessError(f'{script}.py {arguments} --seed={seed} ended with exit code {run.returncode}')
     return folder, json.loads(run.stdout.splitlines()[-1])
@@ -408,6 +449,8 @@ def learn(suite, row, seed):
         first = next((line for line in log if line.get('accuracy', 0) >= .99), {})
         result |= {f'{unit}_of_99': first.get(unit) for unit in ('step', 'seconds')}
     result['batch_size'] = json.loads((folder / 'config.json').read_text())['knobs']['batch_size']
+    if suite in ('weighting', 'temperature'):
+        result |= steadiness(row, log)
     print(f'{row} {json.dumps(result)}', flush=True)
     return result
 
@@ -445,7 +488,7 @@ def measure(suite, rows):
     RESULTS.mkdir(parents=True, exist_ok=True)
     failed, commit = [], git_commit()
     with ThreadPoolExecutor(parallel) as pool:
-        one = origin if suite == 'origin' else learn
+        one = {'origin': origin, 'gradient': gradient, 'sparsity': sparsity, 'weights': weights}.get(suite, learn)
         for row in rows:
             n = 1 if (suite, row, 0) in ONCE else seeds
             running[row] = [pool.submit(one, suite, row, seed) for seed in range(n)]
@@ -469,7 +512,8 @@ def measure(suite, rows):
             if not result['runs']:
                 continue
             write_atomic(RESULTS / f'{suite}-{row}.json',
-                         lambda path, result=result: path.write_text(json.dumps(result, indent=1) + '\n'))
+                         lambda path, result=result: path.write_text(json.dumps(
+                             result, indent=None if suite in ('gradient', 'weights') else 1) + '\n'))
     if failed:
         fail('; '.join(failed))
 
@@ -859,7 +903,7 @@ def text_step(S, T=4, n_rows=4):
 
 
 def measure_scaling():
-    """Milliseconds of a step as one thing grows and the others stay as in BASE: results, and a picture in out/bench."""
+    """Milliseconds of a step as one thing grows and the others stay as in BASE."""
     device, found = 'cuda' if torch.cuda.is_available() else 'cpu', {}
     for name, values in GROW.items():
         found[name] = {}
@@ -884,8 +928,8 @@ def scaling_results():
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def draw_scaling():
-    """out/bench/scaling.html, the picture of these results."""
+def scaling_picture():
+    """A figure of these results."""
     subplots = need('plotly.subplots', 'to draw pictures')
     figure = subplots.make_subplots(1, len(GROW), subplot_titles=list(GROW), shared_yaxes=True)
     for colour, result in zip(('firebrick', 'teal'), scaling_results()):
@@ -896,8 +940,7 @@ def draw_scaling():
     figure.update_yaxes(type='log', dtick=1)
     figure.update_yaxes(title='milliseconds a step', row=1, col=1)
     figure.update_layout(width=1200, height=420, legend={'orientation': 'h', 'y': -.15})
-    (ROOT / 'out/bench').mkdir(parents=True, exist_ok=True)
-    figure.write_html(ROOT / 'out/bench/scaling.html')
+    return figure
 
 
 def scaling_table():
@@ -909,6 +952,408 @@ def scaling_table():
             lines.append(f'| {name} | {", ".join(f"{value}: {t[0]:.3g}" for value, t in times.items())} | {on} |')
             on = ''
     return '\n'.join(lines)
+
+
+# ---- weightings -----------------------------------------------------------------------------------------------------
+
+ESTIMATORS = {      # name: (kind, tau)
+    **{kind: (kind, 1.) for kind in ('clean', 'reinforce', 'rloo', 'dr_grpo', 'grpo', 'batch_std', 'quantile',
+                                     'quantile_batch')},
+    'softmax, tau 1': ('softmax', 1.), 'softmax, tau 1, less 1/G': ('softmax', 1.), 'softmax, tau .1': ('softmax', .1),
+    'softmax, tau .1, less 1/G': ('softmax', .1), 'softmax_quantile, tau 1': ('softmax_quantile', 1.),
+    'best': ('best', 1.)}
+GROUPS = (2, 4, 8, 16, 32, 64)
+STATES = {'untrained': 0., 'quarter': .25, 'most': .75}     # row: share of rollouts that are right when training ends
+
+one_at_a_time = threading.Lock()
+
+
+class Enumerated:
+    """
+    A thinking policy of which everything can be worked out: 64 questions a, b < 8, all 64 codes of two thoughts, and
+    what each code is worth for each question, (64, 64): 'sparse' 1 for the one right code, a random one for each
+    answer, else 0; 'dense' log p(answer | code) of a reader that favours answers by how many thoughts are theirs.
+    level: teach the policy the right codes, by cross-entropy, until this share of its rollouts is right.
+    """
+
+    def __init__(self, seed, level=0., M=8, L=8, T=2):
+        with one_at_a_time:     # threads share the random numbers
+            torch.manual_seed(seed)
+            self.model = GPT2Thinking(ThinkingModelConfig(
+                block_size=T + 1, n_layer=1, n_head=4, d_model=32, init='unit', tie_weights=False, d_normal_vocab=M,
+                d_thought_vocab=L, output_kind='thought'))
+            right = torch.randperm(L ** T)[:M]                                                      # (M,)
+        self.question = torch.cartesian_prod(torch.arange(M), torch.arange(M))                      # (Q, 2)
+        self.codes = self.model.spell(torch.arange(L ** T), T)                                      # (C, T)
+        answer = self.question.sum(1) % M                                                           # (Q,)
+        alike = (self.codes[:, None] == self.codes[right]).sum(-1)                                  # (C, M) thoughts
+        self.rewards = {'sparse': (torch.arange(L ** T) == right[answer][:, None]).float(),
+                        'dense': (2. * alike).log_softmax(1).T[answer]}
+        self.steps = 0
+        self.climb(lambda log_pi: (log_pi * self.rewards['sparse']).sum(1), 300, level)
+
+    def climb(self, aim, n_steps, level=2.):
+        """Up to n_steps of Adam up the mean of aim(log pi), until a share `level` of rollouts is right."""
+        optimizer = torch.optim.Adam(self.model.parameters(), 3e-3)
+        for _ in range(n_steps):
+            log_pi = self.log_pi(self.question)
+            if (log_pi.exp() * self.rewards['sparse']).sum(1).mean() >= level:
+                break
+            (-aim(log_pi).mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            self.steps += 1
+
+    def log_pi(self, question):
+        """Log-probabilities (n, C) of all codes after questions (n, 2), with gradient."""
+        many = question.repeat_interleave(len(self.codes), dim=0)
+        return self.model.thought_log_probs(many, self.codes.repeat(len(question), 1)).sum(1).view(len(question), -1)
+
+    def value(self, reward):
+        """The expected reward of a rollout, with gradient."""
+        return (self.log_pi(self.question).exp() * self.rewards[reward]).sum(1).mean()
+
+    def jacobian(self):
+        """The gradient of every log pi(code | question), (Q C, parameters)."""
+        weights, rows = list(self.model.parameters()), []
+        for question in self.question:
+            log_pi = self.log_pi(question[None])[0]
+            parts = torch.autograd.grad(log_pi, weights, torch.eye(len(log_pi)), is_grads_batched=True,
+                                        materialize_grads=True)
+            rows.append(torch.cat([part.flatten(1) for part in parts], dim=1))
+        return torch.cat(rows)
+
+    def exact(self, pi, reward):
+        """The gradient of the expected reward as weights (Q C,) of the rows of the Jacobian."""
+        return (pi * self.rewards[reward]).flatten() / len(pi)
+
+
+def weigh(rewards, name, baseline):
+    """The weights of an estimator for many batches of groups, both (n, groups, G)."""
+    kind, tau = ESTIMATORS[name]
+    if kind in ('batch_std', 'quantile_batch'):
+        return torch.stack([advantages(batch, kind) for batch in rewards])
+    weights = advantages(rewards.flatten(0, 1), kind, tau, baseline).view(rewards.shape)
+    return weights - 1 / rewards.shape[-1] if 'less' in name else weights
+
+
+def compare(weights, which, gram, exact, blocks=20):
+    """
+    Estimates of the gradient, each the sum of rows `which` (n, S) of the Jacobian by weights, {name: (n, S)}, beside
+    the exact one, the sum of all rows by exact (R,). All that is asked for are lengths and angles, and gram (R, R), the
+    products of rows, knows those. The squared length of the mean estimate is that of products of different blocks of
+    estimates, which noise does not lengthen; standard errors of the mean are by leaving out one block after another.
+
+    Returns {name: numbers}: cosine of one estimate with the exact gradient (mean, standard error), its relative length,
+    cosine of the mean estimate (value, standard error), relative error of the mean estimate, and the variance of one
+    (trace of the covariance) relative to the squared length of the mean.
+    """
+    n, along = len(which), gram @ exact
+    length = (exact @ along).sqrt()
+    all_weights = torch.stack(list(weights.values()), dim=1)                                        # (n, K, S)
+    square = torch.cat([(all_weights[part] @ gram[which[part, :, None], which[part, None]] * all_weights[part]).sum(-1)
+                        for part in torch.arange(n).split(200)])                                    # (n, K)
+    inner, found = (all_weights * along[which][:, None]).sum(-1), {}                                # (n, K)
+    for k, (name, weight) in enumerate(weights.items()):
+        mean_of = torch.zeros(blocks, len(gram)).scatter_add_(
+            1, which.view(blocks, -1), weight.reshape(blocks, -1) * blocks / n)                     # (blocks, R)
+        products, to_exact = mean_of @ gram @ mean_of.T, mean_of @ along
+
+        def of_mean(left, products=products, to_exact=to_exact):
+            m = len(left)
+            between = (products[left][:, left].sum() - products[left, left].sum()) / (m * (m - 1))
+            return to_exact[left].mean() / (between.clamp(min=1e-30).sqrt() * length), between
+        direction, between = of_mean(torch.arange(blocks))
+        without = torch.stack([of_mean(torch.arange(blocks - 1) + (torch.arange(blocks - 1) >= b))[0]
+                               for b in range(blocks)])
+        error = between - 2 * to_exact.mean() + length**2
+        each = inner[:, k] / (square[:, k].sqrt() * length).clamp(min=1e-30)     # an estimate of length 0 has cosine 0
+        numbers = {'cosine': each.mean(), 'cosine_error': each.std() / n**.5,
+                   'length': square[:, k].sqrt().mean() / length, 'mean_cosine': direction,
+                   'mean_cosine_error': (without.var(correction=0) * (blocks - 1)).sqrt(),
+                   'bias': error.clamp(min=0).sqrt() / length,
+                   'variance': (square[:, k].mean() - between) / between.clamp(min=1e-30)}
+        found[name] = {key: float(f'{value.item():.5g}') for key, value in numbers.items()}
+    return found
+
+
+def gradient(suite, row, seed, samples=256, n=1000):
+    """Every estimator at every group size beside the exact gradient, from as many rollouts each; see compare."""
+    small = Enumerated(seed, STATES[row])
+    with torch.no_grad():
+        pi = small.log_pi(small.question).exp()                                                     # (Q, C)
+    jacobian = small.jacobian()
+    gram = jacobian @ jacobian.T
+    values = {reward: (pi * worth).sum(1).mean().item() for reward, worth in small.rewards.items()}
+    result = {'seed': seed, 'steps': small.steps, 'groups': GROUPS, 'value': values, 'sparse': {}, 'dense': {}}
+    generator = torch.Generator().manual_seed(seed)
+    for G in GROUPS:
+        at = torch.randint(len(pi), (n * samples // G,), generator=generator)           # of a group
+        code = pi[at].multinomial(G, replacement=True, generator=generator)                         # (n groups, G)
+        which = (at[:, None] * pi.shape[1] + code).view(n, samples)
+        for reward, worth in small.rewards.items():
+            got = worth[at[:, None], code].view(n, -1, G)
+            weights = {name: weigh(got, name, values[reward]).view(n, samples) * G / samples for name in ESTIMATORS}
+            for name, numbers in compare(weights, which, gram, small.exact(pi, reward)).items():
+                for key, number in numbers.items():
+                    result[reward].setdefault(name, {}).setdefault(key, []).append(number)
+    if row == 'untrained':      # where the exact gradient itself leads to
+        small.climb(lambda log_pi: (log_pi.exp() * small.rewards['sparse']).sum(1), 100)
+        with torch.no_grad():
+            pi = small.log_pi(small.question).exp()
+        result['climbed'] = {'value': (pi * small.rewards['sparse']).sum(1).mean().item(),
+                             'share_of_one_code': pi.mean(0).max().item()}
+    print(row, seed, small.steps, values, flush=True)
+    return result
+
+
+def over_models(runs, reward, name, G, key):
+    """Mean of a number over models, and the half width of its 95% confidence interval (Student's t)."""
+    values = [run[reward][name][key][GROUPS.index(G)] for run in runs]
+    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), 1.96)
+    return mean(values), t * stdev(values) / len(values)**.5 if len(values) > 1 else math.nan
+
+
+def gradient_table():
+    """What the gradient suite found, in Markdown: an estimator a row."""
+    found = {row: json.loads(path.read_text()) for row in SUITES['gradient']
+             if (path := RESULTS / f'gradient-{row}.json').exists()}
+    if not found:
+        return ''
+    one, cells = next(iter(found.values())), [(reward, row) for reward in ('sparse', 'dense') for row in found]
+    said = [f'{len(one["runs"])} models, on {one["hardware"]}, torch {one["torch"]}.']
+
+    def show(title, text):
+        heads = [f'{reward}, {SUITES["gradient"][row][3]}' for reward, row in cells]
+        lines = [['', *heads], ['---'] * (1 + len(cells)), *(
+                 [name, *(text(found[row]['runs'], reward, name) for reward, row in cells)] for name in ESTIMATORS)]
+        said.append(title + '\n\n' + '\n'.join(f'| {" | ".join(line)} |' for line in lines))
+    show('Cosine of one estimate with the exact gradient, for groups of 2 / 8 / 64:', lambda *which: ' / '.join(
+        f'{over_models(*which, G, "cosine")[0]:.2f}' for G in (2, 8, 64)))
+    show('Cosine of the mean of many estimates with it, that is, bias of direction, for groups of 2 / 8 / 64:',
+         lambda *which: ' / '.join(f'{over_models(*which, G, "mean_cosine")[0]:.2f}' for G in (2, 8, 64)))
+    show('Groups of 8: relative error of the mean estimate, its length included; variance of one relative to the '
+         "mean's squared length:", lambda *which: '; '.join(
+             f'{over_models(*which, 8, key)[0]:.{n}f}' for key, n in (('bias', 2), ('variance', 1))))
+    return '\n\n'.join(said)
+
+
+def gradient_picture():
+    """What the gradient suite found, a figure: bands are 95% confidence intervals over models."""
+    graph, subplots = (need(f'plotly.{name}', 'to draw pictures') for name in ('graph_objects', 'subplots'))
+    panels = [(reward, row) for reward in ('sparse', 'dense') for row in ('untrained', 'quarter')]
+    measures = {'cosine': 'one estimate of 256 rollouts', 'mean_cosine': 'the mean of many (bias)',
+                'variance': 'variance / squared mean'}
+    lines = {'rloo': ('#000000', 'solid'), 'reinforce': ('#000000', 'dot'), 'grpo': ('#0072B2', 'solid'),
+             'quantile': ('#56B4E9', 'solid'), 'quantile_batch': ('#56B4E9', 'dot'), 'best': ('#CC79A7', 'solid'),
+             'softmax, tau .1': ('#D55E00', 'solid'), 'softmax, tau .1, less 1/G': ('#D55E00', 'dot'),
+             'softmax, tau 1': ('#009E73', 'solid'), 'softmax, tau 1, less 1/G': ('#009E73', 'dot')}
+    figure = subplots.make_subplots(
+        3, 4, shared_xaxes=True, vertical_spacing=.035, horizontal_spacing=.035, column_titles=[
+            f'<b>{"right or wrong: 1 or 0" if reward == "sparse" else "log p(answer)"}</b><br>'
+            f'{SUITES["gradient"][row][3]}' for reward, row in panels])
+    for column, (reward, row) in enumerate(panels, 1):
+        runs = json.loads((RESULTS / f'gradient-{row}.json').read_text())['runs']
+        for line, key in enumerate(measures, 1):
+            for name, (colour, dash) in lines.items():
+                middle, half = zip(*(over_models(runs, reward, name, G, key) for G in GROUPS))
+                if key != 'variance':
+                    figure.add_scatter(
+                        x=[*GROUPS, *GROUPS[::-1]], fill='toself', fillcolor=colour, opacity=.08, line_width=0,
+                        mode='lines', showlegend=False, hoverinfo='skip', row=line, col=column,
+                        y=[m + h for m, h in zip(middle, half)] + [m - h for m, h in zip(middle, half)][::-1])
+                figure.add_scatter(x=GROUPS, y=middle, name=name, mode='lines+markers', line={'color': colour,
+                                   'dash': dash, 'width': 2}, marker={'size': 6, 'color': colour},
+                                   showlegend=line == column == 1, row=line, col=column)
+    figure.update_xaxes(type='log', tickvals=GROUPS, ticktext=GROUPS, gridcolor='#dddddd', linecolor='#444444')
+    figure.update_yaxes(gridcolor='#dddddd', zerolinecolor='#888888', linecolor='#444444')
+    figure.update_xaxes(title='group size G', row=3)
+    for line, (key, title) in enumerate(measures.items(), 1):
+        figure.update_yaxes(row=line, **({'type': 'log', 'range': [-.2, 3]} if key == 'variance' else
+                                         {'range': [-.45, 1.12] if line == 2 else [-.15, .8]}))
+        figure.update_yaxes(title=title if key == 'variance' else f'cosine to exact gradient:<br>{title}', row=line,
+                            col=1)
+    figure.update_layout(title={'text': 'Estimates of a policy gradient beside the exact one, from 256 rollouts each: '
+                                        'mean and 95% interval over models', 'x': .5, 'y': .98},
+                         width=1500, height=1080, plot_bgcolor='white', font={'size': 15, 'color': '#222222'},
+                         margin={'l': 90, 'r': 20, 't': 110, 'b': 130},
+                         legend={'orientation': 'h', 'y': -.09, 'x': .5, 'xanchor': 'center', 'font': {'size': 15}})
+    return figure
+
+
+def sampled_groups(suite, row, seed, N=512, G=16):
+    """
+    Rewards of N groups of G rollouts, by (state of the model, depth of the questions): 'sparse' 1 for the right
+    hand-made thoughts (blind) or for thoughts after which the right answer is the most likely, else 0; 'dense' log
+    p(answer). The models are those of the row's command, and the same untrained; both suites share those of sparsity.
+    """
+    found, still = {}, ['--max_steps=1', '--learning_rate=0', *['--learning_rate_answer=0'] * (row == 'blind')]
+    for state, more in {'untrained': still, 'half-trained': []}.items():
+        folder = ROOT / f'out/bench/sparsity-{row}/{seed}-{state}'
+        if suite == 'sparsity' or not (folder / 'ckpt.pt').exists():
+            run('sparsity', row, seed, folder.name, *more)
+        checkpoint = torch.load(folder / 'ckpt.pt', weights_only=True)
+        models = {name: unpack(packed) for name, packed in checkpoint['models'].items()}
+        knob, generator = checkpoint['knobs'], torch.Generator().manual_seed(seed)
+        for depth in (1,) if row == 'blind' else (2, 3, 4, 6):
+            with torch.no_grad():
+                if row == 'blind':
+                    M, L, T = (knob[name] for name in ('input_max', 'd_thought_vocab', 'think_len'))
+                    question = torch.randint(M, (N, 2), generator=generator)
+                    answer = question.sum(1).repeat_interleave(G) % M                               # (N G,)
+                    thoughts = models['thinking'].think(question, T, n_rollouts=G, noise=torch.rand(
+                        N * G, T, generator=generator)).tokens                                      # (N G, T)
+                    log_q = models['answering'].answer(thoughts).log_softmax(-1)                    # (N G, M)
+                    right = ((thoughts - M) == digits(answer, T, L)).all(1)
+                else:
+                    task = SerialTask(knob['task'], knob['input_max'], n_letters=knob['n_letters'], seed=seed)
+                    question, states = task.draw(N, depth, generator)
+                    answer, model = states[:, -1].repeat_interleave(G), models['model']
+                    places = torch.arange(question.shape[1])
+                    places[-1] = 0      # recount
+                    thoughts = model.think(question, depth - 1, positions=places, n_rollouts=G, noise=torch.rand(
+                        N * G, depth - 1, generator=generator)).tokens
+                    log_q = torch.cat([model.think_and_answer(*part, close=False, positions=places)[2]
+                                       for part in zip(question.repeat_interleave(G, dim=0).split(1024),
+                                                       thoughts.split(1024))])[:, :task.n_states].log_softmax(-1)
+                    right = log_q.argmax(-1) == answer
+            found[state, depth] = {'sparse': right.float().view(N, G),
+                                   'dense': log_q.gather(1, answer[:, None]).view(N, G)}
+    return found
+
+
+def rounded(numbers):
+    """Numbers of a dict with five digits each."""
+    return {key: float(f'{value:.5g}') for key, value in numbers.items()}
+
+
+def sparsity(suite, row, seed):
+    """How often groups have something to learn from, and how large linear advantages are then."""
+    result = {}
+    for (state, depth), rewards in sampled_groups(suite, row, seed).items():
+        right, dense = rewards['sparse'].sum(1), rewards['dense']
+        low, middle, high = dense.flatten().quantile(torch.tensor([.1, .5, .9])).tolist()
+        result[f'{state}, depth {depth}'] = rounded({
+            'right_of_16': right.mean().item(), 'none': (right == 0).float().mean().item(),
+            'all': (right == dense.shape[1]).float().mean().item(), 'dense_10': low, 'dense_50': middle,
+            'dense_90': high, 'dense_std_in_group': dense.std(1, correction=0).mean().item(),
+            **{f'{kind}_{reward}': dense.shape[1] * advantages(got, kind).abs().mean().item()
+               for reward, got in rewards.items() for kind in ('dr_grpo', 'grpo')}})
+    print(row, seed, json.dumps(result), flush=True)
+    return result
+
+
+def weights(suite, row, seed):
+    """
+    Where estimators put their weight, for the same groups: on the right rollouts, as a share of all that is positive,
+    in the whole batch; then in groups with right and wrong ones: largest share, entropy, effective number.
+    """
+    result = {}
+    for (state, depth), rewards in sampled_groups(suite, row, seed).items():
+        right = rewards['sparse'] == 1
+        mixed = right.any(1) & ~right.all(1)
+        for reward, got in rewards.items():
+            for name, (kind, tau) in ESTIMATORS.items():
+                if 'less' in name:
+                    continue
+                weight = advantages(got, kind, tau, got.mean())
+                positive = weight.clamp(min=0)
+                share = weight[mixed].abs() / weight[mixed].abs().sum(1, keepdim=True).clamp(min=1e-9)
+                result.setdefault(f'{state}, depth {depth}, {reward}', {})[name] = rounded({
+                    'on_right': (positive[right].sum() / positive.sum().clamp(min=1e-9)).item(),
+                    'entropy': -torch.special.xlogy(share, share).sum(1).mean().item(),
+                    **concentration(weight[mixed])}) if mixed.any() else None
+    print(row, seed, json.dumps(result), flush=True)
+    return result
+
+
+EARLY = (10, 20, 30, 100, 300, 1000)
+
+
+def steadiness(row, log):
+    """
+    Of a training's log: the share of right answers at early steps, variance and decay of the gradient's norm, effective
+    number of rollouts, and whether it collapsed: thoughts without entropy (.05 nats) and less than half right.
+    """
+    success = {line['step']: line['accuracy'] for line in log if 'accuracy' in line}
+    norms, few, entropy = ([line[key] for line in log if key in line]
+                           for key in ('gradient_norm', 'effective_n', 'entropy'))
+    quarter = len(norms) // 4 or 1
+    return {'task': row.partition('-')[0], 'early': {step: success[step] for step in EARLY if step in success},
+            'norm_variance': variance(norms) / max(mean(norms), 1e-12)**2 if len(norms) > 1 else 0.,
+            'norm_decay': mean(norms[-quarter:]) / max(mean(norms[:quarter]), 1e-12),
+            'effective_n': mean(few) if few else None,
+            'collapsed': bool(entropy) and mean(entropy[-3:]) < .05 and success[max(success)] < .5}
+
+
+def verdict(runs):
+    """
+    Better or worse than rloo, for reasons that hold for all seeds, each beside the same seed of rloo: succeeds more or
+    less at the end (by .01), is ahead at step 10, 20 or 30 (by .01), has steadier gradients (variance of the norm,
+    relative to its mean, a fifth less); or gradients vanish (to 1% while under .9 are right), or effective n is below
+    1.5. Reasons on both sides: success decides. None, or only some seeds: inconclusive.
+    """
+    path = RESULTS / f'weighting-{runs[0]["task"]}-rloo.json'
+    others = json.loads(path.read_text())['runs'] if path.exists() else []
+    others = {run['changed'].get('seed', 0): run for run in others}
+    pairs = [(run, others[seed]) for run in runs if (seed := run['changed'].get('seed', 0)) in others]
+    if not pairs or all(run == other for run, other in pairs):
+        return ''
+    gain = [run['accuracy'] - other['accuracy'] for run, other in pairs]
+    ahead = [[run['early'][step] - other['early'][step] for run, other in pairs] for step in ('10', '20', '30')
+             if all(step in one['early'] for pair in pairs for one in pair)]
+    better = {'succeeds more': min(gain) > .01, 'faster early': any(min(gains) > .01 for gains in ahead),
+              'steadier gradients': all(run['norm_variance'] < .8 * other['norm_variance'] for run, other in pairs)}
+    worse = {'succeeds less': max(gain) < -.01,
+             'gradients vanish': all(run['norm_decay'] < .01 and run['accuracy'] < .9 for run, _ in pairs),
+             'effective n near 1': all((run['effective_n'] or 9) < 1.5 for run, _ in pairs)}
+    word = 'inconclusive'
+    if any(better.values()) != any(worse.values()):
+        word = 'better' if any(better.values()) else 'worse'
+    elif better['succeeds more'] or worse['succeeds less']:
+        word = 'better' if better['succeeds more'] else 'worse'
+    return ': '.join([word, *[', '.join(why for why, holds in (better | worse).items() if holds)]]).removesuffix(': ')
+
+
+def sparsity_table():
+    """What the sparsity suite found, in Markdown: a task, state and depth a row."""
+    lines, heads = [], ('right of 16', 'groups with none', 'with all right', 'log p(answer), 10% / 50% / 90%',
+                        'its std in a group', 'mean size of dr_grpo, sparse / dense', 'of grpo')
+    for row in SUITES['sparsity']:
+        if (path := RESULTS / f'sparsity-{row}.json').exists():
+            result = json.loads(path.read_text())
+            for case in result['runs'][0]:
+                runs = [one[case] for one in result['runs']]
+                said = [f'{mean(one[key] for one in runs):.2f}' for key in ('right_of_16', 'none', 'all')]
+                said.append(' / '.join(f'{mean(one[f"dense_{q}"] for one in runs):.2f}' for q in (10, 50, 90)))
+                said.append(f'{mean(one["dense_std_in_group"] for one in runs):.2f}')
+                said += [' / '.join(f'{mean(one[f"{kind}_{reward}"] for one in runs):.2f}'
+                                    for reward in ('sparse', 'dense')) for kind in ('dr_grpo', 'grpo')]
+                lines.append([row, case, *said])
+    if not lines:
+        return ''
+    above = ''.join(f'`{row}` is `python {script}.py {arguments}`. '
+                    for row, (_, script, arguments, _) in SUITES['sparsity'].items())
+    return (f'{above}{len(result["runs"])} seeds, on {result["hardware"]}, torch {result["torch"]}.\n\n' + '\n'.join(
+        f'| {" | ".join(line)} |' for line in (['task', 'model, questions', *heads], ['---'] * 9, *lines)))
+
+
+def weights_table():
+    """What the weights suite found for half-trained models, in Markdown: an estimator a row."""
+    cells = {'blind': ('half-trained, depth 1, sparse', 'half-trained, depth 1, dense'),
+             'perm': ('half-trained, depth 2, sparse', 'half-trained, depth 2, dense'),
+             's5': ('half-trained, depth 2, sparse', 'half-trained, depth 2, dense')}
+    found = [(f'{row}, {case}', [run[case] for run in json.loads(path.read_text())['runs'] if run[case]])
+             for row, cases in cells.items() if (path := RESULTS / f'weights-{row}.json').exists() for case in cases]
+    found = [(head, runs) for head, runs in found if runs]
+    if not found:
+        return ''
+    lines = [['', *(head for head, _ in found)], ['---'] * (1 + len(found))]
+    for name in found[0][1][0]:
+        lines.append([name, *(' / '.join(f'{mean(run[name][key] for run in runs):.{n}f}' for key, n in (
+            ('on_right', 2), ('max_weight', 2), ('entropy', 2), ('effective_n', 1))) for _, runs in found)])
+    return ('On the right rollouts / largest share / entropy / effective number of 16:\n\n'
+            + '\n'.join(f'| {" | ".join(line)} |' for line in lines))
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -999,6 +1444,15 @@ def columns(suite, runs):
                     f'{mean(run["above_own"][kind][0] for run in runs):.4f}' if kind in runs[0]['above_own'] else '–'
                     for kind in kinds),
                 'seconds': spread([run['seconds'] for run in runs], 0)}
+    if suite in ('weighting', 'temperature'):
+        few = [run['effective_n'] for run in runs if run['effective_n']]
+        return {f'right at step {", ".join(runs[0]["early"])}': ', '.join(
+                    f'{mean(run["early"][step] for run in runs):.2f}' for step in runs[0]['early']),
+                'at the end': spread([run['accuracy'] for run in runs], 3),
+                'held out': spread([run['heldout_accuracy'] for run in runs], 3),
+                'variance of gradient norm / squared mean': spread([run['norm_variance'] for run in runs], 2),
+                'effective n': spread(few, 1) if few else '', 'collapsed': str(sum(run['collapsed'] for run in runs)),
+                'beside rloo': verdict(runs), 'seconds': spread([run['seconds'] for run in runs], 0)}
     said = {'training': spread([run['accuracy'] for run in runs], 4),
             'held out': spread([run['heldout_accuracy'] for run in runs], 4)}
     if suite == 'learning':
@@ -1022,12 +1476,16 @@ def columns(suite, runs):
 def table(suite):
     """A suite's table in Markdown, from the result files there are. What all rows have in common is said above it."""
     rows, said = [], []
+    short = {f'python {script}.py {base}': task for task, (script, base) in WEIGHED.items()}
     for row, (_, script, _, what) in SUITES[suite].items():
         common = f'python {script}.py {COMMON.get(suite, "")}'.strip()
         if (path := RESULTS / f'{suite}-{row}.json').exists():
             result = json.loads(path.read_text())
             at_once = f', {result["parallel"]} at once' if result.get('parallel', 1) > 1 else ''
             command = result['command'].replace(common, '…') if suite in COMMON else result['command']
+            if suite in ('weighting', 'temperature'):
+                for text, task in short.items():
+                    command = command.replace(text, f'{task} …')
             rows.append({'command': f'`{command}`', '': what,
                          **columns(suite, result['runs']), 'seeds': str(len(result['runs'])),
                          'on': f'{result["hardware"]}, torch {result["torch"]}{at_once}'})
@@ -1035,21 +1493,26 @@ def table(suite):
         return ''
     if suite in COMMON:
         said.append(f'`…` is `{common}`.')
+    if suite in ('weighting', 'temperature'):
+        said += [f'`{task} …` is `{text}`.' for text, task in short.items()]
     if len({row['on'] for row in rows}) == 1:
         said.append(f'All on {[row.pop("on") for row in rows][0]}.')
     lines = [rows[0], ['---'] * len(rows[0]), *(row.values() for row in rows)]
     return ''.join(f'{line}\n\n' for line in said) + '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
+TABLES = {'speed': speed_table, 'profile': profile_table, 'scaling': scaling_table, 'gradient': gradient_table,
+          'sparsity': sparsity_table, 'weights': weights_table}
+
+
 def write_tables():
     """Put the tables into the README, between their marks."""
     text = (ROOT / 'README.md').read_text()
-    other = {'speed': speed_table, 'profile': profile_table, 'scaling': scaling_table}
-    for suite in (*SUITES, *other):
+    for suite in dict.fromkeys((*SUITES, *TABLES)):
         begin, end = f'<!-- {suite} -->\n', f'<!-- end of {suite} -->'
         if begin not in text or end not in text:
             fail(f'README.md has no marks {begin.strip()} and {end}')
-        shown = other[suite]() if suite in other else table(suite)
+        shown = TABLES[suite]() if suite in TABLES else table(suite)
         text = text[:text.index(begin)] + begin + shown + '\n' + text[text.index(end):]
     write_atomic(ROOT / 'README.md', lambda path: path.write_text(text))
 
@@ -1061,7 +1524,6 @@ if suite == 'math' and not pretrained:
     fail('--suite=math needs --pretrained=<the model to start from>')
 if suite == 'scaling':
     measure_scaling()
-    draw_scaling()
 elif suite != 'tables':
     every = SPEED if suite == 'speed' else SUITES[suite]
     for row in only.split(',') if only else ():
@@ -1079,5 +1541,11 @@ elif suite != 'tables':
         print(speed_table())
     else:
         measure(suite, rows)
-        print(table(suite))
+        print(TABLES[suite]() if suite in TABLES else table(suite))
 write_tables()
+if pictures:
+    with user_errors():
+        Path(pictures).mkdir(parents=True, exist_ok=True)
+        for name, draw in (('gradient', gradient_picture), ('scaling', scaling_picture)):
+            write_atomic(Path(pictures) / f'{name}.html',
+                         lambda path, draw=draw: draw().write_html(path, config={'displayModeBar': False}))

@@ -69,7 +69,7 @@ LIMITS = {  # smallest and largest value of a knob besides its default; the othe
     **dict.fromkeys(('batch_size', 'group_size', 'd_thought_vocab', 'd_model', 'text_len',
                      'eval_sequences', 'accumulate', 'at_once'), (1, 2**20)),
     **dict.fromkeys(('n_layer', 'n_head', 'n_adds', 'k', 'n_letters'), (1, 2**12)),
-    **dict.fromkeys(('think_len', 'k_test'), (0, 2**12)),
+    **dict.fromkeys(('think_len', 'k_test'), (0, 2**12)), 'rollouts_per_update': (0, 2**20),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
     **dict.fromkeys(('epsilon', 'memory', 'hardest', 'advance_at', 'gamma', 'beta2'), (0, 1)), 'cut': (0, .9),
     **dict.fromkeys(('heldout', 'val_share', 'dropout'), (0, .99)), 'n_tokens': (1, 10**12), 'n_questions': (2, 10**8),
@@ -90,10 +90,10 @@ class Knobs(dict):
 def read_knobs(file, script_globals, pretrained=False):
     """
     Read a script's knobs: the block of `name = value  # meaning, unit` at its top, overridden by --name=value.
-    'a' | 'b' in the comment of a text knob lists its choices. --help prints the block. The new values go into the
-    script's globals. With init_from=resume, or the path of a checkpoint of the same script, knobs that are not given
-    are those of the checkpoint. pretrained: init_from may also be the name or folder of pretrained
-    weights, which does not end in .pt and is left to the script.
+    'a' | 'b' in the comment of a text knob lists its choices, on several lines if they end in |. --help prints the
+    block. The new values go into the script's globals. With init_from=resume, or the path of a checkpoint of the same
+    script, knobs that are not given are those of the checkpoint. pretrained: init_from may also be the name or folder
+    of pretrained weights, which does not end in .pt and is left to the script.
 
     Returns Knobs. Ends the program with one line for whatever is wrong.
     """
@@ -107,6 +107,9 @@ def read_knobs(file, script_globals, pretrained=False):
             defaults[name] = ast.literal_eval(node.value)
             first, last = first or node.lineno, node.end_lineno
             comment = source.splitlines()[last - 1].partition('#')[2]
+            while comment.endswith('|'):        # more choices on the next line
+                last += 1
+                comment += source.splitlines()[last - 1].partition('#')[2]
             choices[name] = re.findall(r"'([^']*)'", comment) if "' | '" in comment else None
     if {'-h', '--help'} & set(sys.argv[1:]):
         print(ast.get_docstring(ast.parse(source)), 'Knobs, set by --name=value:', sep='\n\n', end='\n\n')
@@ -745,29 +748,141 @@ def sample(logits, noise, temperature=1., top_k=0, top_p=1., epsilon=0., bias=0.
 
 
 # ---- advantages -----------------------------------------------------------------------------------------------------
+# One function each: from rewards R (N, G) of N groups and Estimate, what else it may need, the advantages A (N, G).
 
-def advantages(rewards, kind, tau=1., baseline=0.):
+def finite(rewards, otherwise=0.):
+    """
+    Rewards (N, G) whose infinities are the largest and smallest finite reward of their group, so that a linear
+    advantage of them is finite; in a group that has no finite one, all are `otherwise`.
+    """
+    known = rewards.isfinite()
+    low = rewards.masked_fill(~known, torch.inf).amin(1, keepdim=True)
+    high = rewards.masked_fill(~known, -torch.inf).amax(1, keepdim=True)
+    return torch.where(low <= high, rewards.clamp(low, high), torch.where(rewards.isnan(), rewards, otherwise))
+
+
+def centred(rewards):
+    """R - mean of the group (N, G)."""
+    rewards = finite(rewards)
+    return rewards - rewards.mean(1, keepdim=True)
+
+
+def normal_scores(rewards, among):
+    """
+    The normal quantiles (N, G) of the ranks that rewards (N, G) have among others, (N, n) of the same row or (n,) of
+    all: Phi^-1((rank - 1/2) / n), in which those that are alike have the mean of their ranks (rankit, Bliss 1967; a
+    rank-based inverse normal transformation, Beasley et al. 2009). All moments are fixed, not only two.
+    """
+    rewards, ordered = rewards.contiguous(), among.sort(-1).values
+    below, up_to = (torch.searchsorted(ordered, rewards, right=right) for right in (False, True))
+    scores = torch.special.ndtri((below + up_to).to(rewards.dtype) / (2 * ordered.shape[-1]))
+    return torch.where(rewards.isnan(), rewards, scores)
+
+
+def softmax_weights(scores):
+    """Softmax over rows (N, G); where the largest is infinite, its limit: those that have it share alike."""
+    most = scores.amax(1, keepdim=True)
+    return torch.where(scores == most, 0., scores - most).softmax(1)
+
+
+def a_clean(rewards, tau, baseline, batch):
+    """A = R."""
+    return finite(rewards)
+
+
+def a_reinforce(rewards, tau, baseline, batch):
+    """A = R - b with a baseline b that does not depend on these rollouts, a running mean (Williams 1992). Unbiased."""
+    return finite(rewards, baseline) - baseline
+
+
+def a_dr_grpo(rewards, tau, baseline, batch):
+    """A = R - mean of the group (Liu et al. 2025). Along the exact gradient, (G - 1)/G of its length."""
+    return centred(rewards)
+
+
+def a_rloo(rewards, tau, baseline, batch):
+    """A = R - mean of the others of the group = G/(G - 1) (R - mean) (Ahmadian et al. 2024). Unbiased."""
+    G = rewards.shape[1]
+    return centred(rewards) * G / max(1, G - 1)
+
+
+def a_grpo(rewards, tau, baseline, batch):
+    """A = (R - mean) / std, both of the group (Shao et al. 2024). Questions count by 1/std: rare successes more."""
+    advantage = centred(rewards)
+    return advantage / (advantage.square().mean(1, keepdim=True).sqrt() + 1e-6)
+
+
+def a_batch_std(rewards, tau, baseline, batch):
+    """A = (R - mean of the group) / std of the batch (Liu et al. 2025, Tricks or traps). All questions count alike."""
+    return centred(rewards) / (finite(batch).std(correction=0) + 1e-6)
+
+
+def a_quantile(rewards, tau, baseline, batch):
+    """A = q - mean of the group, where q is the normal quantile of R's rank within the group. Blind to its scale."""
+    return centred(normal_scores(rewards, rewards))
+
+
+def a_quantile_batch(rewards, tau, baseline, batch):
+    """A = q - mean of the group, where q is the normal quantile of R's rank in the whole batch."""
+    return centred(normal_scores(rewards, batch.flatten()))
+
+
+def w_softmax(rewards, tau, baseline, batch):
+    """w = softmax(R / tau) over the group: advantage-weighted regression (Peng et al. 2019). Sums to 1."""
+    return softmax_weights(rewards / tau)
+
+
+def w_softmax_quantile(rewards, tau, baseline, batch):
+    """w = softmax(q / tau) over the group, q as for quantile. Sums to 1."""
+    return softmax_weights(normal_scores(rewards, rewards) / tau)
+
+
+def w_best(rewards, tau, baseline, batch):
+    """w = 1 for the best of the group, the first of them where several are: softmax for tau -> 0."""
+    return torch.zeros_like(rewards).scatter(1, rewards.argmax(1, keepdim=True), 1.)
+
+
+ADVANTAGES = {'clean': a_clean, 'reinforce': a_reinforce, 'dr_grpo': a_dr_grpo, 'rloo': a_rloo, 'grpo': a_grpo,
+              'batch_std': a_batch_std, 'quantile': a_quantile, 'quantile_batch': a_quantile_batch,
+              'softmax': w_softmax, 'softmax_quantile': w_softmax_quantile, 'best': w_best}
+SUM_TO_ONE = ('softmax', 'softmax_quantile', 'best')        # weights of a group, never negative
+NEED_GROUPS = ('dr_grpo', 'rloo', 'grpo', 'batch_std', 'quantile', 'quantile_batch')      # of one they are always 0
+
+
+def advantages(rewards, kind, tau=1., baseline=0., batch=None):
     """
     How much each rollout of a group counts: the loss is -sum of weight * log-probability over the group.
 
-    rewards: (N, G). kind:
-    'clean'      the reward itself
-    'reinforce'  reward - baseline (Williams 1992)
-    'dr_grpo'    reward - group mean (Liu et al. 2025)
-    'rloo'       reward - mean of the others of the group (Ahmadian et al. 2024)
-    'grpo'       (reward - group mean) / group standard deviation (Shao et al. 2024)
-    'softmax'    softmax(reward / tau) over the group, advantage-weighted regression (Peng et al. 2019)
-    'best'       1 for the best of the group, its limit for small tau
-    The first five are divided by G, so that they are a mean over the group. Returns weights (N, G).
+    rewards: (N, G). kind: a name of ADVANTAGES. tau: temperature of softmax and softmax_quantile. baseline: of
+    reinforce, a number or (N, 1). batch: the rewards (B, G) of all processes, for batch_std and quantile_batch; None:
+    these rewards are all. Linear advantages are divided by G, so that they are a mean over the group.
+
+    Where rewards of a group are all alike, its linear advantages with a group mean are 0, its softmax weights 1/G; so
+    they are in a group of one. Ranks of equal rewards are their mean. Infinite rewards: a linear advantage takes them
+    for the largest and smallest finite one of the group, and a group without any counts nothing; ranks need no more;
+    softmax is its limit. A reward that is nan stays one, so that the loss shows it. Returns weights (N, G).
     """
-    G = rewards.shape[1]
-    if kind == 'softmax':
-        return (rewards / tau).softmax(1)
-    if kind == 'best':
-        return torch.zeros_like(rewards).scatter(1, rewards.argmax(1, keepdim=True), 1.)
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return {'clean': rewards, 'reinforce': rewards - baseline, 'dr_grpo': centred, 'rloo': centred * G / max(1, G - 1),
-            'grpo': centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-6)}[kind] / G
+    weights = ADVANTAGES[kind](rewards, tau, baseline, rewards if batch is None else batch)
+    return weights if kind in SUM_TO_ONE else weights / rewards.shape[1]
+
+
+def some_rollouts(weights, n, noise):
+    """
+    Of the weights (N, G) of each group only n, chosen by noise (N, G), times G / n, the others 0: the mean over all
+    choices is weights. The gradients of a group's rollouts are correlated, so fewer of more groups may do.
+    """
+    kept = torch.zeros_like(weights).scatter(1, noise.argsort(1)[:, :n], 1.)
+    return weights * kept * weights.shape[1] / n
+
+
+def concentration(weights):
+    """
+    On how few rollouts of its group the absolute weight (N, G) rests, means over groups: the largest share, and the
+    effective number 1 / sum of squared shares, which is G where there is no weight at all.
+    """
+    share = weights.abs() / weights.abs().sum(1, keepdim=True).clamp(min=1e-9)
+    return {'max_weight': share.max(1).values.mean().item(),
+            'effective_n': (1 / share.square().sum(1).clamp(min=1e-9)).clamp(max=weights.shape[1]).mean().item()}
 
 
 # ---- balanced targets -----------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ VARIANTS = {    # of scripts: what else must be resumed, and shared by processes
     'sampled': ['add_think_blind', '--search=False', '--group_size=4', '--think_len=2'],
     'reinforce': ['add_think_blind', '--search=False', '--advantage=reinforce', '--group_size=4', '--epsilon=.3',
                   '--epsilon_steps=30', '--logit_noise=.5', '--temperature=1.5', '--top_k=5', '--top_p=.9',
-                  '--entropy_weight=.1'],
+                  '--entropy_weight=.1', '--rollouts_per_update=2', '--supervised_weight=.1'],
     'one model': ['add_think_blind', '--split=False', '--search=False', '--advantage=softmax', '--fixed=False',
                   '--think_len=2'],
     'many codes': ['add_think_blind', '--think_len=8', '--group_size=2', '--n_adds=3', '--balance_steps=3'],
@@ -279,8 +279,12 @@ def test_every_knob_of_exploration_does_something(run_here, tmp_path):
     usual = state()
     assert torch.equal(state(), usual)
     for knob in ('temperature=2', 'top_k=3', 'top_p=.5', 'epsilon=.5', 'logit_noise=1', 'entropy_weight=1', 'memory=0',
-                 'group_size=3', 'tau=1', 'balance_steps=0', 'answer_on=written', 'advantage=grpo'):
+                 'group_size=3', 'tau=1', 'balance_steps=0', 'answer_on=written', 'advantage=grpo',
+                 'supervised_weight=1'):
         assert not torch.equal(state(f'--{knob}'), usual), knob
+    paid = [state(f'--advantage={advantage}', *more) for advantage in ('grpo', 'softmax_quantile', 'quantile_batch')
+            for more in ([], ['--rollouts_per_update=1'])]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(paid, 2))
     assert not torch.equal(state('--epsilon=.5', '--epsilon_steps=3'), state('--epsilon=.5'))
     greedy = [metrics(tmp_path / 'older') for _ in map(state, ('--entropy_weight=0', '--entropy_weight=5'))]
     assert greedy[1][-2]['entropy'] > greedy[0][-2]['entropy']
@@ -387,8 +391,8 @@ def test_every_knob_of_the_code_does_something(run_here, tmp_path):
     for method, changes in {
             'match': ['inner_steps=3', 'rematch=False', 'unique=False', 'init=gpt2', 'weight_decay=1'],
             'sinkhorn': ['tau=1', 'balance_steps=0', 'inner_steps=3'],
-            'reinforce': ['group_size=3', 'advantage=grpo', 'code_price=0', 'memory=0', 'entropy_weight=0',
-                          'entropy_end=0', 'logit_noise=1'],
+            'reinforce': ['group_size=3', 'advantage=grpo', 'advantage=softmax', 'code_price=0', 'memory=0',
+                          'entropy_weight=0', 'entropy_end=0', 'logit_noise=1'],
             'gumbel': ['tau=1']}.items():
         usual = state(f'--method={method}', '--seed=1')
         for change in changes:
@@ -475,7 +479,7 @@ def test_every_knob_of_thinking_does_something(run_here, tmp_path):
     seen = [state()]
     for knob in ('recount=False', 'answer_at=end', 'hardest=0', 'group_size=3', 'advantage=grpo', 'entropy_weight=1',
                  'entropy_steps=2', 'entropy_end=1', 'epsilon=1', 'baseline=batch', 'baseline=no_think', 'fixed=False',
-                 'think_len=4', 'heldout=.5', 'ops=+', 'seed=1'):
+                 'think_len=4', 'heldout=.5', 'ops=+', 'seed=1', 'rollouts_per_update=1', 'advantage=quantile_batch'):
         seen.append(state(f'--{knob}'))
     for most in (['--advantage=softmax'], ['--advantage=softmax', '--tau=9'], ['--memory=0'],
                  ['--memory=0', '--code_price=9'], ['--memory=.1']):
@@ -651,6 +655,10 @@ def test_bad_input_of_one_script(run_here, tmp_path):
             '--compile=True --search=False': 'needs steps that are alike',
             '--fuse=True': 'fuse=True needs --compile=True',
             '--search=False --advantage=rloo --group_size=1': 'must be at least 2',
+            '--search=False --advantage=quantile_batch --group_size=1': 'must be at least 2',
+            '--search=False --advantage=grpo --rollouts_per_update=9': 'are of the rollouts of a policy gradient',
+            '--rollouts_per_update=1': 'are of the rollouts of a policy gradient',
+            '--supervised_weight=1 --d_thought_vocab=6': 'make no digits',
             '--split=False --frozen=thinking': 'needs two models', '--super=True --d_thought_vocab=6': 'make no digits',
             '--clean=True --d_thought_vocab=6': 'make no digits',
             '--search=False --think_len=8 --input_max=700': 'counts are kept for 700 answers'}.items():
@@ -660,6 +668,7 @@ def test_bad_input_of_one_script(run_here, tmp_path):
             '--task=maze': 'must be one of add, perm', '--group_size=1': 'must be at least 2',
             '--fixed=False --thoughts=filler': 'have no end to choose',
             '--thoughts=none --answer_at=end': 'answers at the question',
+            '--rollouts_per_update=5': 'are some of a group of group_size=4',
             '--task=sort': 'different numbers needs as many', '--task=s5 --n_letters=121': 'there are 120',
             '--task=sort --input_max=20 --k=11': 'has no number 11 in order',
             '--thoughts=chain --d_thought_vocab=2': 'a larger --d_thought_vocab', '--think_len=-1': 'must be between 0',

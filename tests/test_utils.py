@@ -11,8 +11,9 @@ import torch
 
 import utils
 from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig
-from utils import (Run, SerialTask, ablations, addition_questions, advantages, as_html, balanced_target, digits,
-                   make_optimizer, parse_knob, plain, sample, schedule, show_tokens)
+from utils import (ADVANTAGES, NEED_GROUPS, SUM_TO_ONE, Run, SerialTask, ablations, addition_questions, advantages,
+                   as_html, balanced_target, concentration, digits, make_optimizer, parse_knob, plain, sample,
+                   schedule, show_tokens, some_rollouts)
 
 
 # ---- sampling
@@ -140,6 +141,87 @@ def test_policy_gradients_point_where_the_exact_gradient_does(kind):
     assert torch.cosine_similarity(estimate, exact, dim=0) > (.95 if kind == 'grpo' else .99)
     if kind in ('reinforce', 'rloo'):       # those without bias
         torch.testing.assert_close(estimate, exact, atol=.02, rtol=0)
+
+
+def hand_made_groups():
+    """A group of rewards with ties, a flat one, and Phi^-1 of (rank - 1/2) / n for the numbers that come up."""
+    return torch.tensor([[0., 3., 1., 1.], [2., 2., 2., 2.]]), torch.distributions.Normal(0., 1.).icdf
+
+
+def test_quantiles_by_hand():
+    rewards, q = hand_made_groups()
+    scores = q(torch.tensor([.125, .875, .5, .5]))      # ranks 1, 4, 2.5, 2.5 of 4; symmetric, so their mean is 0
+    w = advantages(rewards, 'quantile')
+    assert torch.allclose(w[0] * 4, scores, atol=1e-6) and w[1].tolist() == [0, 0, 0, 0]
+    assert torch.allclose(advantages(100 * rewards + 7, 'quantile'), w)     # blind to scale
+    assert torch.allclose(advantages(rewards, 'softmax_quantile', tau=.5)[0], (2 * scores).softmax(0))
+    assert advantages(rewards, 'softmax_quantile')[1].tolist() == [.25] * 4
+    # in the batch: 0 is 1st, both 1 are 2.5th, the four 2 are 5.5th, 3 is 8th of 8
+    ranks = torch.tensor([1, 8, 2.5, 2.5])
+    expected = q((ranks - .5) / 8)
+    w = advantages(rewards, 'quantile_batch')
+    assert torch.allclose(w[0] * 4, expected - expected.mean(), atol=1e-6) and w[1].tolist() == [0, 0, 0, 0]
+
+
+def test_batch_std_by_hand():
+    rewards, _ = hand_made_groups()
+    mean = 13 / 8       # sum of squares 11 + 16
+    std = math.sqrt(27 / 8 - mean**2)
+    assert torch.allclose(advantages(rewards, 'batch_std')[0] * 4, torch.tensor([-1.25, 1.75, -.25, -.25]) / std)
+
+
+@pytest.mark.parametrize('kind', ['batch_std', 'quantile_batch'])
+def test_the_batch_is_that_of_all_processes(kind):
+    rewards = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    whole = advantages(rewards, kind)
+    parts = [advantages(part, kind, batch=rewards) for part in rewards.chunk(2)]
+    assert torch.equal(torch.cat(parts), whole) and not torch.equal(advantages(rewards[:3], kind), whole[:3])
+
+
+@pytest.mark.parametrize('kind', list(ADVANTAGES))
+def test_rewards_that_are_alike_few_or_infinite(kind):
+    inf = math.inf
+    sums = kind in SUM_TO_ONE
+    flat = advantages(torch.full((2, 4), -3.), kind, baseline=-3.)
+    alike = {'best': [1, 0, 0, 0], 'clean': [-.75] * 4}.get(kind, [.25] * 4 if sums else [0] * 4)
+    assert flat.tolist() == [alike, alike]
+    alone = advantages(torch.tensor([[5.]]), kind, baseline=1.).item()
+    assert alone == {'clean': 5, 'reinforce': 4}.get(kind, float(sums))
+    assert kind not in NEED_GROUPS or alone == 0
+    rewards = torch.tensor([[-inf, 0., 1., -2.], [-inf] * 4, [inf, 0., 0., 1.], [-inf, inf, -inf, inf]])
+    weights = advantages(rewards, kind, baseline=-1.)
+    assert weights.isfinite().all()
+    if sums:
+        assert torch.allclose(weights.sum(1), torch.ones(4))
+    elif not kind.startswith('quantile'):       # ranks know what to do with infinities
+        tamed = torch.tensor([[-2., 0., 1., -2.], [0.] * 4, [1., 0., 0., 1.], [0.] * 4])
+        batch = rewards if kind == 'batch_std' else None
+        assert torch.allclose(weights[::2], advantages(tamed, kind, baseline=-1., batch=batch)[::2])
+        assert weights[1].tolist() == weights[3].tolist() == [0] * 4        # nothing is known of these groups
+    assert advantages(torch.tensor([[math.nan, 1., 2.]]), kind).isnan().any() or kind == 'best'
+
+
+def test_softmax_of_infinities_is_its_limit():
+    inf = math.inf
+    rewards = torch.tensor([[-inf, 0., 0.], [-inf, -inf, -inf], [inf, inf, 0.], [-inf, inf, 5.]])
+    expected = torch.tensor([[0, .5, .5], [1 / 3] * 3, [.5, .5, 0], [0, 1, 0]])
+    assert torch.allclose(advantages(rewards, 'softmax', tau=.3), expected)
+    assert advantages(torch.tensor([[1., 3., 3.]]), 'softmax', tau=1e-6).tolist() == [[0, .5, .5]]
+
+
+def test_some_rollouts_are_all_on_average():
+    weights = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    for n in (1, 3, 4):
+        every = [some_rollouts(weights, n, torch.tensor([order, order]).argsort(1).float())
+                 for order in itertools.permutations(range(4))]
+        assert all((w != 0).sum(1).tolist() == [n, n] for w in every)
+        assert torch.allclose(torch.stack(every).mean(0), weights, atol=1e-6)
+
+
+def test_concentration():
+    found = concentration(torch.tensor([[1., -1., 0., 0.], [0., 4., 0., 0.]]))
+    assert found == {'max_weight': .75, 'effective_n': 1.5}
+    assert concentration(torch.zeros(1, 4)) == {'max_weight': 0, 'effective_n': 4}
 
 
 # ---- tasks
