@@ -774,6 +774,22 @@ def speed_everywhere(S=256, T=4, n_rows=8):
         {'all at once': at_once, 'no thoughts': plain}, n_rows * S * T)
 
 
+def speed_write(n_prompts=16, length=64, n_new=64, G=8):
+    """Rollouts of 64 characters with up to one thought before each, as rollout_think.py writes them, six layers."""
+    model = GPT2Thinking(ThinkingModelConfig(d_normal_vocab=90, d_thought_vocab=64, block_size=256, n_layer=6, n_head=6,
+                                             d_model=384)).cuda().eval()
+    prompt = torch.randint(90, (n_prompts, length), device='cuda')
+    noise = torch.rand(n_prompts * G, 2 * n_new, device='cuda')
+
+    def write(prompt, noise):
+        return model.write(prompt, n_new, 1, fixed=False, n_rollouts=G, noise=noise)[0]
+
+    ways = {'eager': write, 'one CUDA graph': recorded(write), 'the same, kernels fused': recorded(write, fuse=True)}
+    for way in ways.values():
+        way(prompt, noise)
+    return speeds({name: lambda way=way: way(prompt, noise) for name, way in ways.items()}, n_prompts * G * n_new)
+
+
 def speed_trl(n_prompts=64, G=32):
     """
     Steps of GRPO by TRL: 64 questions x 32 rollouts of two tokens, a model of two layers of 64 dimensions, one thread
@@ -826,6 +842,8 @@ SPEED = {   # row: (device, what is timed, what a token is, function)
     'train': ('cuda', 'five training steps, GPT-2 124M, 32 sequences of 1024 tokens', 'tokens', speed_train),
     'everywhere': ('cuda', 'an update, four thoughts at each of 256 positions, 8 sequences, 6 layers of 384',
                    'thoughts', speed_everywhere),
+    'write': ('cuda', '128 rollouts of 64 characters with up to one thought before each, 6 layers of 384', 'characters',
+              speed_write),
     'two': ('cuda', f'a step of supervised_rollout_think.py {GPT2_124M}', 'tokens', lambda: speed_script(
         'supervised_rollout_think', {name: how + GPT2_124M for name, how in BY_TWO.items()}, 64 * 1024, 5)),
     'two-thoughts': ('cuda', f'a step of supervised_rollout_think.py {EVERYWHERE}', 'thoughts', lambda: speed_script(

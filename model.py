@@ -834,7 +834,8 @@ class GPT2Thinking(GPT2):
         state = last = plain.repeat_interleave(N // B, dim=0)                           # (N, S, d_model)
         alive = torch.ones(N, S, 1, dtype=torch.bool, device=tokens.device)
         written = []
-        for step, part in enumerate(torch.arange(T).split(at_once)):
+        for step in range(T // at_once):
+            part = slice(step * at_once, (step + 1) * at_once)
             logits = self.logits(state, choices).float().unflatten(-1, (at_once, size))
             log_p = logits.log_softmax(-1)                                              # (N, S, at_once, size)
             if given is None:

@@ -201,7 +201,8 @@ class World:
         if knobs['batch_size'] % self.size:
             fail(f'--batch_size={knobs["batch_size"]} cannot be shared by {self.size} processes')
         if self.size > 1:
-            dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
+            how = {'backend': 'nccl', 'device_id': self.device} if self.device.type == 'cuda' else {'backend': 'gloo'}
+            dist.init_process_group(**how, timeout=timedelta(minutes=10))
         bfloat16 = knobs.get('dtype', 'float32') == 'bfloat16'
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
         if self.device.type == 'cpu':       # two threads add in the same order in every repetition
