@@ -956,10 +956,12 @@ def scaling_picture():
         for column, times in enumerate(result['milliseconds'].values(), 1):
             figure.add_scatter(x=list(map(int, times)), y=[median for median, *_ in times.values()], row=1, col=column,
                                name=result['hardware'], line_color=colour, showlegend=column == 1)
-    figure.update_xaxes(type='log', dtick=1)
-    figure.update_yaxes(type='log', dtick=1)
+    for column, values in enumerate(GROW.values(), 1):
+        figure.update_xaxes(type='log', tickvals=values, ticktext=[f'{value:,}' for value in values], col=column)
+    figure.update_yaxes(type='log', tickvals=[1, 3, 10, 30, 100, 300, 1000], gridcolor='#dddddd')
     figure.update_yaxes(title='milliseconds a step', row=1, col=1)
-    figure.update_layout(width=1200, height=420, legend={'orientation': 'h', 'y': -.15})
+    figure.update_layout(width=1200, height=400, plot_bgcolor='white', margin={'t': 40, 'b': 20, 'l': 70, 'r': 20},
+                         legend={'orientation': 'h', 'y': -.12}, showlegend=True)
     return figure
 
 
