@@ -69,8 +69,8 @@ group_size = 8                  # G: rollouts of a question
 rollouts_per_update = 0         # rollouts of a group, drawn by chance, that thoughts are learned from; 0: all
 baseline = 'group'              # 'group' | 'batch' | 'no_think': mean of the group, of all, or a lagged copy's log p
 advantage = 'dr_grpo'           # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best' | 'batch_std' | 'quantile' |
-                                # 'quantile_batch' | 'softmax_quantile': with baseline group, see utils.py
-tau = 1.                        # temperature of softmax and softmax_quantile
+                                # 'quantile_batch' | 'softmax_quantile' | 'softmax_centred': with baseline group
+tau = 1.                        # temperature of the three softmax
 code_price = 3.                 # price of a code, nats per log of how much too often it is written
 memory = .9                     # share of the counts of written codes that is kept per step
 epsilon = 0.                    # share of a rollout's thoughts that are drawn at random

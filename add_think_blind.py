@@ -66,8 +66,9 @@ clean = False                   # hand-made reward: 1 for exactly the hand-made 
 supervised_weight = 0.          # of teaching the thinking policy the hand-made thoughts too: teacher forcing + RL
 search = True                   # candidates are all L^T codes, or from 2^17 on those written and as many random ones
 advantage = 'balanced'          # 'balanced' | 'softmax' | 'best' | 'grpo' | 'rloo' | 'dr_grpo' | 'reinforce' |
-                                # 'clean' | 'batch_std' | 'quantile' | 'quantile_batch' | 'softmax_quantile' (utils.py)
-tau = .1                        # temperature of balanced and softmax(_quantile): smaller makes the best count more
+                                # 'clean' | 'batch_std' | 'quantile' | 'quantile_batch' | 'softmax_quantile' |
+                                # 'softmax_centred': see utils.py
+tau = .1                        # temperature of balanced and all softmax: smaller makes the best count more
 balance_steps = 10              # of balanced: iterations per step that keep answers from sharing codes; 0: they may
 memory = .9                     # of balanced without search: share of the counts of written codes kept per step
 answer_on = 'chosen'            # 'chosen' | 'written': answering learns from thoughts that advantage chose, or all

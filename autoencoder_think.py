@@ -63,7 +63,7 @@ tau = .1                        # temperature of sinkhorn's target, of gumbel's 
 balance_steps = 10              # of sinkhorn: iterations per step
 group_size = 256                # of reinforce, as the next six: G, rollouts of an input
 advantage = 'rloo'              # 'rloo' | 'grpo' | 'dr_grpo' | 'reinforce' | 'batch_std' | 'quantile' |
-                                # 'quantile_batch' | 'softmax' | 'softmax_quantile' | 'best': see utils.py
+                                # 'quantile_batch' | 'softmax' | 'softmax_centred' | 'softmax_quantile' | 'best'
 code_price = 8.                 # price of a code, in nats per log of how often it is written
 memory = .5                     # share of the counts of written codes that is kept per step, below 1
 entropy_weight = .95            # of a bonus for the entropy of the thinking policy, at the first step

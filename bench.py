@@ -223,6 +223,8 @@ WEIGHTINGS = {  # row: (knobs, what it is)
     'rloo': ('--advantage=rloo', 'what the others are compared with'),
     **{kind: (f'--advantage={kind}', '') for kind in ('dr_grpo', 'grpo', 'batch_std', 'quantile', 'quantile_batch')},
     'softmax': ('--advantage=softmax --tau=1', 'tau 1'), 'softmax-sharp': ('--advantage=softmax --tau=.1', 'tau .1'),
+    'softmax_centred': ('--advantage=softmax_centred --tau=1', 'tau 1, less 1/G'),
+    'softmax_centred-sharp': ('--advantage=softmax_centred --tau=.1', 'tau .1, less 1/G'),
     'softmax_quantile': ('--advantage=softmax_quantile --tau=1', 'tau 1'), 'best': ('--advantage=best', ''),
     'one': ('--advantage=rloo --rollouts_per_update=1', 'rloo, one rollout of each group counts'),
 }
@@ -981,9 +983,9 @@ def scaling_table():
 ESTIMATORS = {      # name: (kind, tau)
     **{kind: (kind, 1.) for kind in ('clean', 'reinforce', 'rloo', 'dr_grpo', 'grpo', 'batch_std', 'quantile',
                                      'quantile_batch')},
-    'softmax, tau 1': ('softmax', 1.), 'softmax, tau 1, less 1/G': ('softmax', 1.), 'softmax, tau .1': ('softmax', .1),
-    'softmax, tau .1, less 1/G': ('softmax', .1), 'softmax_quantile, tau 1': ('softmax_quantile', 1.),
-    'best': ('best', 1.)}
+    'softmax, tau 1': ('softmax', 1.), 'softmax, tau 1, less 1/G': ('softmax_centred', 1.),
+    'softmax, tau .1': ('softmax', .1), 'softmax, tau .1, less 1/G': ('softmax_centred', .1),
+    'softmax_quantile, tau 1': ('softmax_quantile', 1.), 'best': ('best', 1.)}
 GROUPS = (2, 4, 8, 16, 32, 64)
 STATES = {'untrained': 0., 'quarter': .25, 'most': .75}     # row: share of rollouts that are right when training ends
 
@@ -1055,8 +1057,7 @@ def weigh(rewards, name, baseline):
     kind, tau = ESTIMATORS[name]
     if kind in ('batch_std', 'quantile_batch'):
         return torch.stack([advantages(batch, kind) for batch in rewards])
-    weights = advantages(rewards.flatten(0, 1), kind, tau, baseline).view(rewards.shape)
-    return weights - 1 / rewards.shape[-1] if 'less' in name else weights
+    return advantages(rewards.flatten(0, 1), kind, tau, baseline).view(rewards.shape)
 
 
 def compare(weights, which, gram, exact, blocks=20):

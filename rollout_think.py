@@ -73,8 +73,9 @@ think_len = 1                   # T: largest number of thoughts before a normal 
 fixed = False                   # always T thoughts before a normal token
 close = False                   # end_thought must close thoughts before the next normal token
 spread = 1.                     # size of the embeddings of thoughts at first, those of text are 1
-advantage = 'dr_grpo'           # 'dr_grpo' | 'grpo' | 'rloo' | 'quantile' | 'softmax' | 'softmax_quantile' | 'best'
-tau = 1.                        # temperature of softmax and softmax_quantile
+advantage = 'dr_grpo'           # 'dr_grpo' | 'grpo' | 'rloo' | 'quantile' | 'softmax' | 'softmax_quantile' |
+                                # 'softmax_centred' | 'best': see utils.py
+tau = 1.                        # temperature of the three softmax
 gamma = .9                      # tokens are paid for normal ones behind the next, too, each gamma times the one before
 think_cost = 0.                 # what a thought costs, nats
 repeat_cost = 0.                # what a normal token costs that completes four that are in its text already, nats

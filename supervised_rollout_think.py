@@ -68,8 +68,8 @@ plain_weight = 0.               # weight of predicting without thoughts too
 policy_weight = 1.              # weight of the policy gradient, with thought = 'token'; 0: they are not trained
 baseline = 'group'              # 'group' | 'no_think': mean of the position's group, or a lagged copy without thoughts
 advantage = 'dr_grpo'           # 'dr_grpo' | 'grpo' | 'rloo' | 'quantile' | 'softmax' | 'softmax_quantile' |
-                                # 'best': with baseline group, see utils.py
-tau = 1.                        # temperature of softmax and softmax_quantile
+                                # 'softmax_centred' | 'best': with baseline group, see utils.py
+tau = 1.                        # temperature of the three softmax
 gamma = 0.                      # thoughts are paid for the tokens after the next, too, each gamma times the one before
 spread = 3.                     # size of the embeddings of thoughts at first, those of text are 1: how certain they are
 temperature = 0.                # of thoughts in training; 1 is what the policy gradient is of, 0 the most likely ones

@@ -833,6 +833,11 @@ def w_softmax(rewards, tau, baseline, batch):
     return softmax_weights(rewards / tau)
 
 
+def a_softmax_centred(rewards, tau, baseline, batch):
+    """A = G softmax(R / tau) - 1 over the group: softmax without what it adds to whatever was sampled."""
+    return rewards.shape[1] * softmax_weights(rewards / tau) - 1
+
+
 def w_softmax_quantile(rewards, tau, baseline, batch):
     """w = softmax(q / tau) over the group, q as for quantile. Sums to 1."""
     return softmax_weights(normal_scores(rewards, rewards) / tau)
@@ -845,16 +850,18 @@ def w_best(rewards, tau, baseline, batch):
 
 ADVANTAGES = {'clean': a_clean, 'reinforce': a_reinforce, 'dr_grpo': a_dr_grpo, 'rloo': a_rloo, 'grpo': a_grpo,
               'batch_std': a_batch_std, 'quantile': a_quantile, 'quantile_batch': a_quantile_batch,
-              'softmax': w_softmax, 'softmax_quantile': w_softmax_quantile, 'best': w_best}
+              'softmax': w_softmax, 'softmax_centred': a_softmax_centred, 'softmax_quantile': w_softmax_quantile,
+              'best': w_best}
 SUM_TO_ONE = ('softmax', 'softmax_quantile', 'best')        # weights of a group, never negative
-NEED_GROUPS = ('dr_grpo', 'rloo', 'grpo', 'batch_std', 'quantile', 'quantile_batch')      # of one they are always 0
+# of a group of one always 0
+NEED_GROUPS = ('dr_grpo', 'rloo', 'grpo', 'batch_std', 'quantile', 'quantile_batch', 'softmax_centred')
 
 
 def advantages(rewards, kind, tau=1., baseline=0., batch=None):
     """
     How much each rollout of a group counts: the loss is -sum of weight * log-probability over the group.
 
-    rewards: (N, G). kind: a name of ADVANTAGES. tau: temperature of softmax and softmax_quantile. baseline: of
+    rewards: (N, G). kind: a name of ADVANTAGES. tau: temperature of the three softmax. baseline: of
     reinforce, a number or (N, 1). batch: the rewards (B, G) of all processes, for batch_std and quantile_batch; None:
     these rewards are all. Linear advantages are divided by G, so that they are a mean over the group.
 

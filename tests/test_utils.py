@@ -156,6 +156,7 @@ def test_quantiles_by_hand():
     assert torch.allclose(advantages(100 * rewards + 7, 'quantile'), w)     # blind to scale
     assert torch.allclose(advantages(rewards, 'softmax_quantile', tau=.5)[0], (2 * scores).softmax(0))
     assert advantages(rewards, 'softmax_quantile')[1].tolist() == [.25] * 4
+    assert torch.allclose(advantages(rewards, 'softmax_centred', tau=.5), (2 * rewards).softmax(1) - .25, atol=1e-6)
     # in the batch: 0 is 1st, both 1 are 2.5th, the four 2 are 5.5th, 3 is 8th of 8
     ranks = torch.tensor([1, 8, 2.5, 2.5])
     expected = q((ranks - .5) / 8)
@@ -193,7 +194,7 @@ def test_rewards_that_are_alike_few_or_infinite(kind):
     assert weights.isfinite().all()
     if sums:
         assert torch.allclose(weights.sum(1), torch.ones(4))
-    elif not kind.startswith('quantile'):       # ranks know what to do with infinities
+    elif not kind.startswith(('quantile', 'softmax')):      # ranks and limits know what to do with infinities
         tamed = torch.tensor([[-2., 0., 1., -2.], [0.] * 4, [1., 0., 0., 1.], [0.] * 4])
         batch = rewards if kind == 'batch_std' else None
         assert torch.allclose(weights[::2], advantages(tamed, kind, baseline=-1., batch=batch)[::2])
