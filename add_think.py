@@ -93,6 +93,8 @@ plot = False                    # draw what thoughts mean at the end: meaning.ht
 
 knobs = read_knobs(__file__, globals())
 thinks = thoughts == 'own'
+if baseline != 'group' and 'advantage' in knobs.changed:
+    fail(f'advantage={advantage} needs --baseline=group')
 if group_size < 2 and thinks and baseline == 'group':
     fail(f'baseline=group compares the rollouts of a group: group_size={group_size} must be at least 2')
 if rollouts_per_update > group_size:

@@ -392,4 +392,5 @@ ablation = {name: judge(test, thoughts)[1]
             for name, thoughts in ablations(think_greedily(test), thought_tokens).items()}
 if plot and run.writes:
     draw_language()
+update = None       # a CUDA graph in which processes meet must be gone before they part
 run.finish(steps=n_steps, **result, ablation=ablation)

@@ -135,7 +135,7 @@ class KVCache:
         self.positions = torch.empty(n_positions, dtype=torch.long, device=device)
         self.length = 0     # tokens in it
         self.on_device = torch.zeros((), dtype=torch.int32, device=device)      # the same, for attend
-        self.fast = triton is not None and self.positions.is_cuda and shape[-1].bit_count() == 1
+        self.fast = triton is not None and self.positions.is_cuda and shape[-1] in (16, 32, 64, 128)
 
     def place(self, positions):
         """Note the positions (S,) of the tokens to come; return those of all tokens with them. Layers call append."""
@@ -332,14 +332,15 @@ class Attention(nn.Module):
                    for y in self.c_attn(x).split(d_model, dim=-1))
         if self.config.positions == 'rotary':
             q, k = turn(q, *places), turn(k, *places)
-        if S == 1 and isinstance(cache, KVCache) and cache.fast and self.config.positions != 'relative':
+        dropout = self.config.dropout if self.training else 0.
+        fast = S == 1 and isinstance(cache, KVCache) and cache.fast
+        if fast and self.config.positions != 'relative' and not dropout:
             return self.c_proj(cache.attend(layer, q, k, v).view(B, S, d_model))
         if cache is not None:
             k, v = cache.append(layer, k, v)
         bias = None
         if self.config.positions == 'relative':
             bias = 8 * self.relative(places).permute(2, 0, 1)                                              # (H, Sq, Sk)
-        dropout = self.config.dropout if self.training else 0.
         return self.c_proj(attention(q, k, v, bias, visible, dropout).transpose(1, 2).reshape(B, S, d_model))
 
 
@@ -559,7 +560,9 @@ class GPT2(nn.Module):
         S, device, cache, tree = prompt.shape[1], prompt.device, None, Tree(self) if merge else None
         positions = go_on(positions, S, n_new, device)                                  # (S + n_new,)
         if use_cache and not merge:
-            cache = KVCache(self.config, len(prompt), S + n_new - 1, device, self.wte.weight.dtype)
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else self.wte.weight.dtype
+            cache = KVCache(self.config, len(prompt), S + n_new - 1, device, dtype)
         sequence = prompt.repeat_interleave(n_rollouts, dim=0)
         for t in range(n_new):
             if merge:

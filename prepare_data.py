@@ -11,7 +11,8 @@ Every data set, made or downloaded: train.bin and val.bin, tokens as uint16, and
 
 Read the tokens by np.memmap(file, dtype=np.uint16). meta.json counts characters and UTF-8 bytes too, by which nats per
 token become bits per byte, and lists the characters in the order of their tokens. In GPT-2's tokens every document, or
-part of one, begins with <|endoftext|>, but for Shakespeare. Line ends become \\n. What is there is not made again.
+part of one, begins with <|endoftext|>, but for Shakespeare. Line ends become \\n. What is there is not made again, but
+for problems, which take a second.
 
 problems has no tokens: train.jsonl and val.jsonl hold {"question": ..., "answer": "12", "level": 1} in each line,
 for rollout_think.py --reward=math, and what val calculates (numbers and operations) is nowhere calculated in train.

@@ -44,8 +44,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from model import GPT2, GPT2Thinking, ModelConfig, find_model, pack
-from utils import (Run, World, advantages, fail, load_checkpoint, load_text, make_optimizer, need, paint, read_knobs,
-                   recorded, sample, schedule, show_tokens, user_errors, write_atomic)
+from utils import (Run, World, advantages, concentration, fail, load_checkpoint, load_text, make_optimizer, need, paint,
+                   read_knobs, recorded, sample, schedule, show_tokens, user_errors, write_atomic)
 
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ def load_theirs(kind, source, **how):
     try:
         how |= {'gguf_file': file} if file else {}
         return getattr(transformers, kind).from_pretrained(folder or '.', **how)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:      # transformers, tokenizers and safetensors raise many kinds
         raise ValueError(f'no model of transformers at {source}: {str(error).strip().splitlines()[0]}') from error
 
 
@@ -222,10 +222,12 @@ def load_solver():
         model.load_state_dict(packed['state'])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    if tokenizer.pad_token is None or ends is None:
+        raise ValueError(f'the tokenizer of {source} has no token that ends a text')
     # greedy, but for the noise that we add; nothing else of how its makers like to sample
     model.generation_config = need('transformers', '').GenerationConfig(
-        max_new_tokens=text_len, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends)
+        max_new_tokens=text_len, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends)
     return model, source, tokenizer
 
 
@@ -415,7 +417,7 @@ def losses(prefix, real, noise, noise_real):
 
 def distinct(text, n=4):
     """Share of different ones among all runs of n tokens in texts (N, S)."""
-    grams = text.unfold(1, n, 1).flatten(0, 1)
+    grams = text.unfold(1, min(n, text.shape[1]), 1).flatten(0, 1)
     return len(grams.unique(dim=0)) / len(grams)
 
 
@@ -575,7 +577,7 @@ def mark(text, answer):
     what it gives, so that one can be right without the other.
     """
     given = boxed(text)
-    numbers = re.findall(r'-?\d[\d,]*(?:\.\d+)?', text) if given is None else [given]
+    numbers = re.findall(r'(?:(?<![\d.])-)?\d+(?:,\d{3})*(?:\.\d+)?', text) if given is None else [given]
     return bool(numbers) and value(numbers[-1]) == value(answer), given is not None and text.count('\\boxed{') == 1
 
 
@@ -591,11 +593,10 @@ def losses_of_problems(problems, _, noise, __):
     log_pi = torch.cat([checkpoint(solution_log_probs, *some, use_reentrant=False, preserve_rng_state=False)
                         for some in zip(*(x.split(at_once) for x in (asked, given, tokens, mask)))])    # (N, T)
     loss = -(weights.flatten() * log_pi.sum(1)).sum() / (len(problems) * text_len)
-    share, size = right.view(-1, G).mean(1), weights.abs()
+    share = right.view(-1, G).mean(1)
     return loss, {'accuracy': right.mean(), 'format': formed.mean(), 'length': mask.sum(1).float().mean(),
                   'mixed': ((share > 0) & (share < 1)).float().mean(),
-                  'entropy': -(log_pi.detach().sum() / mask.sum()), 'max_weight': size.max(1).values.mean(),
-                  'effective_n': (size.sum(1).square() / size.square().sum(1).clamp(min=1e-9)).mean()}
+                  'entropy': -(log_pi.detach().sum() / mask.sum()), **concentration(weights)}
 
 
 def evaluate_problems(step):
@@ -620,6 +621,10 @@ def evaluate_problems(step):
 
 if reward == 'math':
     draw, losses, evaluate = draw_problems, losses_of_problems, evaluate_problems
+    size, room = lambda problem: len(problem['question']), getattr(config, 'max_position_embeddings', None)
+    n_asked = ask(sorted(train_set + val_set, key=size)[-100:])[0].shape[1]
+    if room and n_asked + text_len > room:
+        fail(f'{init_from} reads {room} tokens, problems of {n_asked} and solutions of {text_len} are more')
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
@@ -643,7 +648,7 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
     optimizer.zero_grad()
     n_steps = step + 1
     if step % log_every == 0:
-        run.log(step, **{name: value.item() for name, value in logged.items()}, gradient_norm=norm.item())
+        run.log(step, **{name: float(number) for name, number in logged.items()}, gradient_norm=norm.item())
 
 # ---- the last line --------------------------------------------------------------------------------------------------
 

@@ -95,6 +95,8 @@ thinks = thoughts == 'own' and think_len > 0
 learns = thinks and thought == 'token' and policy_weight > 0        # by reward
 if learns and group_size < 2 and baseline == 'group':
     fail(f'baseline=group compares the rollouts of a group: group_size={group_size} must be at least 2')
+if baseline != 'group' and 'advantage' in knobs.changed:
+    fail(f'advantage={advantage} needs --baseline=group')
 if learns and not temperature:
     fail('the rollouts of a group would all be the most likely one: --temperature=1')
 if not fixed and (thoughts != 'own' or thought != 'token'):
@@ -276,7 +278,7 @@ def compare(found):
     """Mean losses of test, and by how much each is above own, with its standard error over sequences; nats."""
     result = {'ablation': {name: loss.mean().item() for name, loss in found.items() if name != 'reference'}}
     apart = {name: (loss - found['own']).mean(1) for name, loss in found.items() if name != 'own'}      # (n,)
-    result['above_own'] = {name: [loss.mean().item(), (loss.std() / len(loss) ** .5).item()]
+    result['above_own'] = {name: [loss.mean().item(), (loss.std() / len(loss) ** .5).item() if len(loss) > 1 else None]
                            for name, loss in apart.items()}
     known = found.get('reference', found.get('none'))
     if known is not None:       # losses on the fifth of tokens that are the easiest without thoughts, ..., the hardest

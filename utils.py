@@ -67,7 +67,7 @@ LIMITS = {  # smallest and largest value of a knob besides its default; the othe
     **dict.fromkeys(('max_steps', 'inner_steps', 'eval_every', 'eval_questions', 'log_every', 'seeds', 'parallel'),
                     (1, 2**31 - 1)),
     **dict.fromkeys(('batch_size', 'group_size', 'd_thought_vocab', 'd_model', 'text_len',
-                     'eval_sequences', 'accumulate', 'at_once'), (1, 2**20)),
+                     'eval_sequences', 'eval_prefixes', 'prefix_len', 'accumulate', 'at_once'), (1, 2**20)),
     **dict.fromkeys(('n_layer', 'n_head', 'n_adds', 'k', 'n_letters'), (1, 2**12)),
     **dict.fromkeys(('think_len', 'k_test'), (0, 2**12)), 'rollouts_per_update': (0, 2**20),
     **dict.fromkeys(('tau', 'max_seconds'), (1e-6, 1e9)),
@@ -194,15 +194,14 @@ class World:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             fail(f'--device={name} is not to be had here: {str(error).splitlines()[0]}')
-        if self.size > 1 and name == 'mps':
-            fail('several processes need --device=cpu or cuda')
+        if self.size > 1 and (name == 'mps' or knobs['device'].startswith('cuda:')):
+            fail('several processes need --device=cpu, or cuda without a number')
         if self.device.type == 'cuda':
             torch.cuda.set_device(self.device)
         if knobs['batch_size'] % self.size:
             fail(f'--batch_size={knobs["batch_size"]} cannot be shared by {self.size} processes')
         if self.size > 1:
-            how = {'backend': 'nccl', 'device_id': self.device} if self.device.type == 'cuda' else {'backend': 'gloo'}
-            dist.init_process_group(**how, timeout=timedelta(minutes=10))
+            dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
         bfloat16 = knobs.get('dtype', 'float32') == 'bfloat16'
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
         if self.device.type == 'cpu':       # two threads add in the same order in every repetition
@@ -237,13 +236,9 @@ class World:
         """Average gradients over processes, in place."""
         if self.size > 1:
             grads = [p.grad for p in parameters if p.grad is not None]
-            if self.device.type == 'cuda':
-                for work in [dist.all_reduce(grad, dist.ReduceOp.AVG, async_op=True) for grad in grads]:
-                    work.wait()
-            else:
-                flat = parameters_to_vector(grads)      # one message: each costs more than a small model's numbers
-                dist.all_reduce(flat)
-                vector_to_parameters(flat / self.size, grads)
+            flat = parameters_to_vector(grads)      # one message: each costs more than a small model's numbers
+            dist.all_reduce(flat)
+            vector_to_parameters(flat / self.size, grads)
 
     def peak_memory_mb(self):
         """Most memory this process has used: of the GPU where there is one, else of the machine."""
@@ -468,7 +463,7 @@ class Run:
             if not math.isfinite(value):
                 fail(f'{name} is {value} at step {step}: training diverged, a smaller learning_rate may help')
         if self.writes:
-            self.metrics.write(json.dumps({'step': step, **numbers, 'seconds': round(self.seconds(), 2)}) + '\n')
+            self.metrics.write(json.dumps({'step': step, **numbers, 'seconds': round(self.seconds(), 4)}) + '\n')
             if self.wandb:
                 self.wandb.log(numbers | self.table(), step=step)
             self.shown.clear()
@@ -749,7 +744,7 @@ def sample(logits, noise, temperature=1., top_k=0, top_p=1., epsilon=0., bias=0.
 
 
 # ---- advantages -----------------------------------------------------------------------------------------------------
-# One function each: from rewards R (N, G) of N groups and Estimate, what else it may need, the advantages A (N, G).
+# One function each: from rewards R (N, G) of N groups, and what some need besides, the advantages A (N, G).
 
 def finite(rewards, otherwise=0.):
     """

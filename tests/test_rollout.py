@@ -421,6 +421,7 @@ def test_problems_of_math_and_gsm8k_are_read(of_math, script, run_here, tmp_path
         assert code == 2 and message in err and err.count('\n') == 1, err
     for more, message in (('--data=nowhere', 'no problems in nowhere'), ('--gamma=.5', 'makes no use of --gamma'),
                           ('--init_from=scratch', 'must name a pretrained model'),
+                          ('--text_len=3000', 'reads 2048 tokens, problems of'), ('--eval_prefixes=0', 'must be between 1 and'),
                           (f'--init_from={tmp_path}/none', 'no model of transformers'),
                           (f'--init_from={TEXT.name}/judge.pt', 'has no model for --reward=math')):
         code, _, err = run_here(SCRIPT, more)
@@ -437,7 +438,8 @@ def test_answers_are_compared_as_numbers(of_math, script):
     assert names['value']('1/0') == '1/0' and names['value']('1e999999999') == '1e999999999'
     for text, right, formed in (('So \\boxed{18}.', True, True), ('\\boxed{1} or \\boxed{ 18 }', True, False),
                                 ('12 + 6 = 18', True, False), ('\\boxed{17} 18', False, True), ('', False, False),
-                                ('\\boxed{18', True, False), ('18 or 1,800', False, False),
+                                ('\\boxed{18', True, False), ('18 or 1,800', False, False), ('20-2=18,', True, False),
+                                ('She has 18, then.', True, False), ('18-18', True, False), ('no, -18', False, False),
                                 ('\\boxed{\\frac{36}{2}}', True, True)):
         assert names['mark'](text, '18') == (right, formed), text
 
