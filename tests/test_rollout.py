@@ -421,7 +421,8 @@ def test_problems_of_math_and_gsm8k_are_read(of_math, script, run_here, tmp_path
         assert code == 2 and message in err and err.count('\n') == 1, err
     for more, message in (('--data=nowhere', 'no problems in nowhere'), ('--gamma=.5', 'makes no use of --gamma'),
                           ('--init_from=scratch', 'must name a pretrained model'),
-                          ('--text_len=3000', 'reads 2048 tokens, problems of'), ('--eval_prefixes=0', 'must be between 1 and'),
+                          ('--text_len=3000', 'reads 2048 tokens, problems of'),
+                          ('--eval_prefixes=0', 'must be between 1 and'),
                           (f'--init_from={tmp_path}/none', 'no model of transformers'),
                           (f'--init_from={TEXT.name}/judge.pt', 'has no model for --reward=math')):
         code, _, err = run_here(SCRIPT, more)
