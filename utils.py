@@ -262,10 +262,14 @@ def recorded(function, fuse=False):
     graph = given = result = None
 
     def call():
-        # weights that autocast has cast must not be kept for later
-        with fusing(fuse), torch.autocast('cuda', cache_enabled=False, dtype=torch.get_autocast_dtype('cuda'),
-                                          enabled=torch.is_autocast_enabled('cuda')):
-            return function(*given)
+        global fusing
+        fusing = fuse
+        try:        # weights that autocast has cast must not be kept for later
+            with torch.autocast('cuda', cache_enabled=False, dtype=torch.get_autocast_dtype('cuda'),
+                                enabled=torch.is_autocast_enabled('cuda')):
+                return function(*given)
+        finally:
+            fusing = False
 
     def run(*arguments):
         nonlocal graph, given, result
@@ -291,17 +295,7 @@ def recorded(function, fuse=False):
     return run
 
 
-FUSE = [False]      # whether functions that are fused are to be compiled
-
-
-@contextlib.contextmanager
-def fusing(on):
-    """Compile what is fused inside, or do not."""
-    FUSE.append(on)
-    try:
-        yield
-    finally:
-        FUSE.pop()
+fusing = False      # whether functions that are fused are to be compiled
 
 
 def fused(function):
@@ -314,7 +308,7 @@ def fused(function):
     @functools.wraps(function)
     def run(*arguments, **more):
         nonlocal compiled
-        if not FUSE[-1] or torch.compiler.is_compiling():
+        if not fusing or torch.compiler.is_compiling():
             return function(*arguments, **more)
         compiled = compiled or torch.compile(function, dynamic=False)
         return compiled(*arguments, **more)
