@@ -1338,6 +1338,23 @@ def verdict(runs):
     return ': '.join([word, *[', '.join(why for why, holds in (better | worse).items() if holds)]]).removesuffix(': ')
 
 
+COUNTS = {  # what a question counts of which a share p of rollouts is right, for rewards of 1 or 0
+    'rloo': 'p (1 - p)', 'dr_grpo': 'the same', 'grpo': 'its root', 'softmax-sharp': '1 - p, where none is right 1',
+    'softmax_centred-sharp': '1 - p, where none is right 0', 'best': 'as softmax, tau .1',
+    'softmax': 'nearly 1, always'}
+
+
+def weighting_summary():
+    """The share of right answers at the end, means over seeds: a weighting a row, a task a column, in Markdown."""
+    lines = [['', 'what a question counts', *WEIGHED], ['---'] * (2 + len(WEIGHED))]
+    for row, (how, _) in WEIGHTINGS.items():
+        paths = [RESULTS / f'weighting-{task}-{row}.json' for task in WEIGHED]
+        lines.append([f'`{how}`', COUNTS.get(row, ''), *(
+            f'{mean(run["accuracy"] for run in json.loads(path.read_text())["runs"]):.2f}' if path.exists() else ''
+            for path in paths)])
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
 def sparsity_table():
     """What the sparsity suite found, in Markdown: a task, state and depth a row."""
     lines, heads = [], ('right of 16', 'groups with none', 'with all right', 'log p(answer), 10% / 50% / 90%',
@@ -1525,7 +1542,7 @@ def table(suite):
 
 
 TABLES = {'speed': speed_table, 'profile': profile_table, 'scaling': scaling_table, 'gradient': gradient_table,
-          'sparsity': sparsity_table, 'weights': weights_table}
+          'sparsity': sparsity_table, 'weights': weights_table, 'summary': weighting_summary}
 
 
 def write_tables():
