@@ -223,6 +223,37 @@ if triton:
             top, total, mix = best, total * keep + tl.sum(p), mix * keep + tl.sum(p * value, 0)
         tl.store(out + row * D + d, (mix / total).to(new_v.dtype))
 
+    @triton.jit
+    def project_kernel(x, gain, shift, weight, bias, add, out, K: tl.constexpr, wide: tl.constexpr, part: tl.constexpr,
+                       norm: tl.constexpr, gelu: tl.constexpr, more: tl.constexpr):
+        """Of a single row, `part` numbers of what project returns: sums in float32."""
+        n, k = tl.program_id(0) * part + tl.arange(0, part), tl.arange(0, wide)
+        rows = tl.load(weight + n[:, None] * K + k, (k < K)[None, :], 0.)                   # (part, wide)
+        h = tl.load(x + k, k < K, 0.).to(tl.float32)
+        if norm:
+            h = tl.where(k < K, h - tl.sum(h) / K, 0.)
+            h = h * tl.rsqrt(tl.sum(h * h) / K + 1e-5) * tl.load(gain + k, k < K, 0.) + tl.load(shift + k, k < K, 0.)
+            h = h.to(rows.dtype).to(tl.float32)
+        y = tl.sum(rows.to(tl.float32) * h[None, :], 1) + tl.load(bias + n)
+        if gelu:
+            y = y / (1 + tl.exp(-1.5957691216 * (y + .044715 * y * y * y)))
+        if more:
+            y = y.to(rows.dtype) + tl.load(add + n)
+        tl.store(out + n, y.to(rows.dtype))
+
+
+def project(x, linear, norm=None, gelu=False, add=None):
+    """
+    A single row x (1, 1, K) through a linear layer, with a LayerNorm before it, and GELU and what is added behind it:
+    one kernel that reads the weights once, as wide as memory allows. On a GPU; the number of outputs divides by 4.
+    """
+    (N, K), part = linear.weight.shape, 4
+    out = x.new_empty(1, 1, N)
+    gain, shift = (x, x) if norm is None else (norm.weight, norm.bias)
+    project_kernel[(N // part,)](x, gain, shift, linear.weight, linear.bias, x if add is None else add, out, K,
+                                 triton.next_power_of_2(K), part, norm is not None, gelu, add is not None, num_warps=4)
+    return out
+
 
 def fastest_attention(q):
     """A context in which PyTorch prefers cuDNN's attention, which trains long sequences fastest on a recent GPU."""
@@ -304,21 +335,12 @@ def turn(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
-class Linear(nn.Linear):
-    """The usual one, written so that torch.compile fuses the product of a single row with what comes behind it."""
-
-    def forward(self, x):
-        if torch.compiler.is_compiling() and x.is_cuda and x.numel() == x.shape[-1] and x.dtype is self.weight.dtype:
-            return (x[..., None, :] * self.weight).sum(-1) + self.bias
-        return super().forward(x)
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.c_attn = Linear(config.d_model, 3 * config.d_model)
-        self.c_proj = Linear(config.d_model, config.d_model)
+        self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
+        self.c_proj = nn.Linear(config.d_model, config.d_model)
         if config.positions == 'relative':      # what a distance of -REACH..REACH adds to a head's scores
             self.relative = nn.Embedding(2 * REACH + 1, config.n_head)
         # a bias of the keys raises all scores of a query alike and changes nothing: its gradient is rounding error,
@@ -347,8 +369,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.d_model, 4 * config.d_model)
-        self.c_proj = Linear(4 * config.d_model, config.d_model)
+        self.c_fc = nn.Linear(config.d_model, 4 * config.d_model)
+        self.c_proj = nn.Linear(4 * config.d_model, config.d_model)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
@@ -366,6 +388,13 @@ class Block(nn.Module):
     def forward(self, x, layer, cache=None, places=None, visible=None):
         x = x + F.dropout(self.attn(self.ln_1(x), layer, cache, places, visible), self.config.dropout, self.training)
         return x + F.dropout(self.mlp(self.ln_2(x)), self.config.dropout, self.training)
+
+    def step(self, x, layer, cache):
+        """What forward does to one token of a single row (1, 1, d_model), by five kernels; see GPT2.single."""
+        q, k, v = (y.view(1, self.config.n_head, 1, -1)
+                   for y in project(x, self.attn.c_attn, self.ln_1).chunk(3, dim=-1))
+        x = project(cache.attend(layer, q, k, v).view_as(x), self.attn.c_proj, add=x)
+        return project(project(x, self.mlp.c_fc, self.ln_2, gelu=True), self.mlp.c_proj, add=x)
 
 
 def merge_rows(tokens):
@@ -476,10 +505,21 @@ class GPT2(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         if torch.is_autocast_enabled(x.device.type):    # what layers add to takes half the memory and time
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.blocks(x, cache, places, visible)
+        if self.single(x, cache):
+            for layer, block in enumerate(self.h):
+                x = block.step(x, layer, cache)
+            x = self.ln_f(x)
+        else:
+            x = self.blocks(x, cache, places, visible)
         if cache is not None:
             cache.grow(x.shape[1])
         return x
+
+    def single(self, x, cache):
+        """Whether x (B, S, d_model) is one token of a single row, which Block.step can read."""
+        plain = self.config.positions == 'learned' and not (self.training and self.config.dropout)
+        fast = isinstance(cache, KVCache) and cache.fast and x.dtype is self.wte.weight.dtype
+        return plain and fast and x.shape[:2] == (1, 1)
 
     @fused
     def blocks(self, x, cache, places, visible):

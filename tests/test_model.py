@@ -137,16 +137,17 @@ def test_what_is_fused_is_one_graph():
     torch.testing.assert_close(loss, model.loss(tokens[:, :-1], tokens[:, 1:].clamp(max=26)))
 
 
+@pytest.mark.filterwarnings('ignore')      # torch.compile's own
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('positions', ['learned', 'rotary'])
-@pytest.mark.parametrize('n_rows', [1, 70])
-def test_thoughts_on_a_gpu_equal_uncached(positions, n_rows):
+@pytest.mark.parametrize('n_rows, G', [(1, 1), (1, 3), (70, 3)])
+def test_thoughts_on_a_gpu_equal_uncached(positions, n_rows, G):
     model = small_thinker(block_size=200, positions=positions).cuda()
-    prompt, noise = tokens_for(model, n_rows, 90).cuda(), torch.rand(3 * n_rows, 60, device='cuda')
+    prompt, noise = tokens_for(model, n_rows, 90).cuda(), torch.rand(G * n_rows, 60, device='cuda')
 
     def think(prompt, noise):
-        return model.think(prompt, 60, n_rollouts=3, noise=noise)
-    slow = model.think(prompt, 60, n_rollouts=3, noise=noise, use_cache=False)
+        return model.think(prompt, 60, n_rollouts=G, noise=noise)
+    slow = model.think(prompt, 60, n_rollouts=G, noise=noise, use_cache=False)
     as_graph = recorded(think, fuse=True)
     as_graph(prompt, noise)
     for fast in (think(prompt, noise), as_graph(prompt, noise)):
