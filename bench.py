@@ -831,9 +831,9 @@ BLIND = '--search=False --advantage=grpo --batch_size=64 --group_size=32 --n_lay
 FIVE = f'{BLIND} --input_max=500 --think_len=3 --d_model=32'
 TWICE = {'eager': '', 'one CUDA graph': '--compile=True', 'the same, kernels fused': '--compile=True --fuse=True'}
 GPT2_124M = ('--data=data/shakespeare --think_len=0 --n_layer=12 --n_head=12 --d_model=768 --text_len=1024 '
-             '--batch_size=64 --dtype=bfloat16 --compile=True --eval_sequences=1')
+             '--batch_size=128 --dtype=bfloat16 --compile=True --eval_sequences=1')
 EVERYWHERE = ('--thought=token --temperature=1 --think_len=4 --at_once=1 --n_layer=6 '
-              '--n_head=6 --d_model=384 --text_len=256 --batch_size=32 --dtype=bfloat16 --eval_sequences=1')
+              '--n_head=6 --d_model=384 --text_len=256 --batch_size=96 --dtype=bfloat16 --eval_sequences=1')
 BY_TWO = {'one GPU': '--nproc_per_node=1|', 'two GPUs': '--nproc_per_node=2|'}
 SPEED = {   # row: (device, what is timed, what a token is, function)
     'think-512': ('cuda', 'thoughts, GPT-2 124M, 512 prompts of 64 tokens, 32 thoughts each', 'tokens',
@@ -847,9 +847,9 @@ SPEED = {   # row: (device, what is timed, what a token is, function)
     'write': ('cuda', '128 rollouts of 64 characters with up to one thought before each, 6 layers of 384', 'characters',
               speed_write),
     'two': ('cuda', f'a step of supervised_rollout_think.py {GPT2_124M}', 'tokens', lambda: speed_script(
-        'supervised_rollout_think', {name: how + GPT2_124M for name, how in BY_TWO.items()}, 64 * 1024, 5)),
+        'supervised_rollout_think', {name: how + GPT2_124M for name, how in BY_TWO.items()}, 128 * 1024, 5)),
     'two-thoughts': ('cuda', f'a step of supervised_rollout_think.py {EVERYWHERE}', 'thoughts', lambda: speed_script(
-        'supervised_rollout_think', {name: how + EVERYWHERE for name, how in BY_TWO.items()}, 32 * 4 * 256 * 4, 5)),
+        'supervised_rollout_think', {name: how + EVERYWHERE for name, how in BY_TWO.items()}, 96 * 4 * 256 * 4, 5)),
     'blind': ('cuda', f'a step of add_think_blind.py {FIVE}', 'rollouts',
               lambda: speed_plain(500, 3, 32) | speed_blind(FIVE, TWICE)),
     'blind-default': ('cuda', 'a step of add_think_blind.py', 'questions', lambda: speed_blind('', TWICE, 512)),
