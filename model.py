@@ -136,6 +136,8 @@ class KVCache:
         self.length = 0     # tokens in it
         self.on_device = torch.zeros((), dtype=torch.int32, device=device)      # the same, for attend
         self.fast = triton is not None and self.positions.is_cuda and shape[-1] in (16, 32, 64, 128)
+        # whether a kernel may begin before the one before it is done (programmatic dependent launch, since Hopper)
+        self.early = self.fast and torch.cuda.get_device_capability(self.positions.device) >= (9, 0)
 
     def place(self, positions):
         """Note the positions (S,) of the tokens to come; return those of all tokens with them. Layers call append."""
@@ -154,16 +156,18 @@ class KVCache:
             kept[:, :, self.length:end] = new
         return [kept[:, :, :end] for kept in self.kv[layer]]
 
-    def attend(self, layer, q, k, v):
+    def attend(self, layer, q, k, v, early=False):
         """
         Append k, v of one token (B, H, 1, D) and attend to all: what attention(q, *append(layer, k, v)) returns, by
-        one kernel that reads keys and values once, as wide as memory allows. Only on a GPU, see fast.
+        one kernel that reads keys and values once, as wide as memory allows. Only on a GPU, see fast and early.
         """
         (B, H, _, D), out = q.shape, torch.empty_like(q, memory_format=torch.contiguous_format)
         if not q.stride() == k.stride() == v.stride():
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        how = dict(block=32, num_warps=1) if B * H > 500 else dict(block=128, num_warps=4)
+        how |= {'launch_pdl': True} if early else {}
         attend_kernel[(B * H,)](q, k, v, *self.kv[layer], out, self.on_device, len(self.positions), *q.stride()[:2], H,
-                                D, **(dict(block=32, num_warps=1) if B * H > 500 else dict(block=128, num_warps=4)))
+                                D, early=early, **how)
         return out
 
     def repeat(self, n):
@@ -203,8 +207,11 @@ class GrowingCache:
 if triton:
     @triton.jit
     def attend_kernel(q, k, v, keys, values, out, length, S, stride_row, stride_head, H: tl.constexpr, D: tl.constexpr,
-                      block: tl.constexpr):
+                      block: tl.constexpr, early: tl.constexpr):
         """One head of one row: see KVCache.attend. Softmax as it goes (Milakov and Gimelshein 2018), in float32."""
+        if early:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         row, d, n = tl.program_id(0), tl.arange(0, D), tl.load(length)
         at = row // H * stride_row + row % H * stride_head + d
         old = row.to(tl.int64) * S * D + d
@@ -225,10 +232,14 @@ if triton:
 
     @triton.jit
     def project_kernel(x, gain, shift, weight, bias, add, out, K: tl.constexpr, wide: tl.constexpr, part: tl.constexpr,
-                       norm: tl.constexpr, gelu: tl.constexpr, more: tl.constexpr):
+                       norm: tl.constexpr, gelu: tl.constexpr, more: tl.constexpr, early: tl.constexpr):
         """Of a single row, `part` numbers of what project returns: sums in float32."""
+        if early:
+            tl.extra.cuda.gdc_launch_dependents()
         n, k = tl.program_id(0) * part + tl.arange(0, part), tl.arange(0, wide)
         rows = tl.load(weight + n[:, None] * K + k, (k < K)[None, :], 0.)                   # (part, wide)
+        if early:       # weights were not made by the kernel before, x was
+            tl.extra.cuda.gdc_wait()
         h = tl.load(x + k, k < K, 0.).to(tl.float32)
         if norm:
             h = tl.where(k < K, h - tl.sum(h) / K, 0.)
@@ -242,16 +253,18 @@ if triton:
         tl.store(out + n, y.to(rows.dtype))
 
 
-def project(x, linear, norm=None, gelu=False, add=None):
+def project(x, linear, norm=None, gelu=False, add=None, early=False):
     """
     A single row x (1, 1, K) through a linear layer, with a LayerNorm before it, and GELU and what is added behind it:
-    one kernel that reads the weights once, as wide as memory allows. On a GPU; the number of outputs divides by 4.
+    one kernel that reads the weights once, as wide as memory allows, and with early before x is there, see KVCache. On
+    a GPU; the number of outputs divides by 8.
     """
-    (N, K), part = linear.weight.shape, 4
+    (N, K), part = linear.weight.shape, 8
     out = x.new_empty(1, 1, N)
     gain, shift = (x, x) if norm is None else (norm.weight, norm.bias)
     project_kernel[(N // part,)](x, gain, shift, linear.weight, linear.bias, x if add is None else add, out, K,
-                                 triton.next_power_of_2(K), part, norm is not None, gelu, add is not None, num_warps=4)
+                                 triton.next_power_of_2(K), part, norm is not None, gelu, add is not None, early,
+                                 num_warps=4, **({'launch_pdl': True} if early else {}))
     return out
 
 
@@ -391,10 +404,11 @@ class Block(nn.Module):
 
     def step(self, x, layer, cache):
         """What forward does to one token of a single row (1, 1, d_model), by five kernels; see GPT2.single."""
+        early = cache.early
         q, k, v = (y.view(1, self.config.n_head, 1, -1)
-                   for y in project(x, self.attn.c_attn, self.ln_1).chunk(3, dim=-1))
-        x = project(cache.attend(layer, q, k, v).view_as(x), self.attn.c_proj, add=x)
-        return project(project(x, self.mlp.c_fc, self.ln_2, gelu=True), self.mlp.c_proj, add=x)
+                   for y in project(x, self.attn.c_attn, self.ln_1, early=early).chunk(3, dim=-1))
+        x = project(cache.attend(layer, q, k, v, early).view_as(x), self.attn.c_proj, add=x, early=early)
+        return project(project(x, self.mlp.c_fc, self.ln_2, True, early=early), self.mlp.c_proj, add=x, early=early)
 
 
 def merge_rows(tokens):
