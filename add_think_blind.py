@@ -34,7 +34,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from model import ThinkingModelConfig, make_model, pack
+from model import ThinkingModelConfig, Tree, make_model, pack
 from utils import (NEED_GROUPS, Run, World, ablations, addition_questions, advantages, balanced_target, concentration,
                    digits, fail, fused, make_optimizer, need, read_knobs, recorded, sample, schedule, show_tokens,
                    some_rollouts, user_errors)
@@ -254,15 +254,18 @@ def draw_language():
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
-def explore(question, dice, jitter, epsilon):
-    """Thoughts (B, G, T) of rollouts for question (B, n_adds), by dice (B G, T) and jitter (B G, tokens) of logits."""
+def explore(question, dice, jitter, epsilon, merge):
+    """
+    Thoughts (B, G, T) of rollouts for question (B, n_adds), by dice (B G, T) and jitter (B G, tokens) of logits. merge:
+    see model.generate.
+    """
     return thinking.think(
         question, think_len, fixed=fixed, n_rollouts=group_size, noise=dice, bias=logit_noise * jitter,
         temperature=temperature, top_k=top_k, top_p=top_p, epsilon=epsilon, merge=merge,
     ).tokens.view(-1, group_size, think_len)
 
 
-def candidates(question, more=None, *how):
+def candidates(question, merge, more=None, *how):
     """
     Codes to choose from, (C,) numbers: all, or those written for the whole batch, and with search the random ones in
     `more` as well; in ascending order, unless compiled. And where among them the rollouts for question (B, n_adds) are,
@@ -270,7 +273,7 @@ def candidates(question, more=None, *how):
     """
     if search_all:
         return all_codes, None
-    written = number(explore(question, *how))                                       # (B, G)
+    written = number(explore(question, *how, merge))                                # (B, G)
     if compile:
         return written.flatten(), torch.arange(written.numel(), device=world.device).view(written.shape)
     codes = world.gather(written).flatten()
@@ -309,13 +312,15 @@ def losses(rows, noise, *how):
     question, answer = train_set[world.share(rows)], world.share(all_answers)       # (B, n_adds), (B,)
 
     # candidate codes, and what each is worth for every answer
-    numbers, column = candidates(question, *how)                                    # (C,), (B, G)
+    own = not search and advantage != 'balanced'    # whether what is sampled is what is learned from, and read once
+    tree = Tree(thinking) if merge and own else merge
+    numbers, column = candidates(question, tree, *how)                              # (C,), (B, G)
     codes = spell(numbers)                                                          # (C, T)
     log_q = answering.answer(codes).float().log_softmax(-1).T                       # (M, C) log p(answer | code)
     rewards = (number(hand_made)[:, None] == numbers).float() if clean else log_q.detach()
 
     # which of them the thinking policy is to write, and how much each counts
-    if search or advantage == 'balanced':       # drawn from the target of the answer
+    if not own:     # drawn from the target of the answer
         log_target = target(rewards, numbers, None if search else world.gather(column), all_answers)
         chosen, weights = sample(log_target[answer], noise)[0][:, None], 1.         # (B, 1)
         answering_loss = -(log_target.exp() * log_q).sum(1)[answer].mean()
@@ -335,7 +340,7 @@ def losses(rows, noise, *how):
     K = chosen.shape[1]
     log_pi, entropy = (x.sum(1).view(-1, K) for x in thinking.thought_log_probs(
         question.repeat_interleave(K, dim=0), codes[chosen].flatten(0, 1), fixed, entropy=True,
-        merge=merge and K > 1))                                                     # (B, K)
+        merge=own and tree))                                                        # (B, K)
     thinking_loss = -(counted * log_pi).sum(1).mean()
     if supervised_weight:
         log_pi = thinking.thought_log_probs(question, hand_made[answer], fixed)     # (B, T)

@@ -34,7 +34,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from model import ThinkingModelConfig, make_model, pack
+from model import ThinkingModelConfig, Tree, make_model, pack
 from utils import (NEED_GROUPS, Run, World, ablations, advantages, balanced_target, fail, make_optimizer, need,
                    read_knobs, sample, schedule, show_tokens, user_errors)
 
@@ -271,10 +271,11 @@ def policy_gradient(x, step):
     """Losses of both policies from their own rollouts for inputs x (B,)."""
     noise = world.draw(torch.rand, n_batch, group_size, think_len).flatten(0, 1)
     bias = world.draw(torch.randn, n_batch, group_size, d_thought_vocab).flatten(0, 1) if logit_noise else 0.
+    tree = Tree(thinking)
     thoughts = thinking.think(x[:, None], think_len, n_rollouts=group_size, noise=noise, bias=logit_noise * bias,
-                              merge=True).tokens                                    # (B G, T)
+                              merge=tree).tokens                                    # (B G, T)
     log_pi, entropy = (each.sum(1).view(-1, group_size) for each in thinking.thought_log_probs(
-        x.repeat_interleave(group_size)[:, None], thoughts, entropy=True, merge=True))      # (B, G)
+        x.repeat_interleave(group_size)[:, None], thoughts, entropy=True, merge=tree))      # (B, G)
 
     numbers = thinking.number(thoughts).view(-1, group_size)                        # (B, G)
     counts = world.gather(numbers).flatten().bincount(minlength=n_codes)

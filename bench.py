@@ -27,7 +27,7 @@ from statistics import mean, median, stdev, variance
 
 import torch
 
-from model import GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig, unpack
+from model import GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig, Tree, unpack
 from utils import (SerialTask, advantages, concentration, device_name, digits, fail, git_commit, make_optimizer, need,
                    peak_flops, read_knobs, recorded, user_errors, write_atomic)
 
@@ -693,12 +693,13 @@ def policy_step(M, T, d_model, L=10, n_questions=64, G=32, merge=False, **how):
     optimizers = [make_optimizer(model, 0., 0., recorded=True) for model in (thinking, answering)]
 
     def step(question):
-        thoughts = thinking.think(question, T, n_rollouts=G, merge=merge, **how).tokens         # (n_questions G, T)
+        tree = Tree(thinking) if merge else False
+        thoughts = thinking.think(question, T, n_rollouts=G, merge=tree, **how).tokens          # (n_questions G, T)
         every = question.repeat_interleave(G, dim=0)
         log_q = answering.answer(thoughts).log_softmax(-1).gather(1, (every.sum(1) % M)[:, None]).view(-1, G)
         weights = advantages(log_q.detach(), 'grpo')
         positive = weights.clamp(min=0) + 1e-9
-        log_pi = thinking.thought_log_probs(every, thoughts, merge=merge).sum(1).view(-1, G)
+        log_pi = thinking.thought_log_probs(every, thoughts, merge=tree).sum(1).view(-1, G)
         loss = -(weights * log_pi).sum(1).mean()
         (loss - (positive / positive.sum(1, keepdim=True) * log_q).sum(1).mean()).backward()
         for optimizer in optimizers:

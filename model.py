@@ -421,21 +421,27 @@ def merge_rows(tokens):
 
 
 class Tree:
-    """Reads rows of tokens bit by bit, those that are alike so far once. Gradients pass."""
+    """
+    Reads rows of tokens bit by bit, those that are alike so far once. Gradients pass where they did when it was made:
+    a tree by which rollouts are sampled can be read again for the gradient of their log-probabilities.
+    """
 
     def __init__(self, model):
-        self.model, self.cache, self.which = model, GrowingCache(), None
+        self.model, self.cache, self.steps, self.grad = model, GrowingCache(), [], torch.is_grad_enabled()
 
     def read(self, tokens, positions):
         """
         Go on to the end of tokens (N, S), at positions (S,). Returns states (n, d_model) at the last of them, of the n
-        rows that are not alike, and (N,) which of these each row is.
+        rows that are not alike, and (N,) which of these each row is; steps keeps them.
         """
         rows, which = merge_rows(tokens)
-        if self.which is not None:
-            self.cache.select(self.which[rows])
-        self.which, new = which, slice(self.cache.length, tokens.shape[1])
-        return self.model.hidden(tokens[rows, new], self.cache, positions[new])[:, -1], which
+        with torch.set_grad_enabled(self.grad):
+            if self.steps:
+                self.cache.select(self.steps[-1][1][rows])
+            new = slice(self.cache.length, tokens.shape[1])
+            states = self.model.hidden(tokens[rows, new], self.cache, positions[new])[:, -1]
+        self.steps.append((states, which))
+        return states, which
 
 
 def go_on(positions, n_prompt, n_new, device):
@@ -577,7 +583,8 @@ class GPT2(nn.Module):
         how: temperature, top_k, top_p, epsilon and bias (N, tokens to choose from), see utils.sample.
         noise: (N, n_new) uniform in [0, 1), one number decides one token; drawn here when None.
         use_cache=False reads everything again for each token: the slow reference. merge: rollouts that are alike so
-        far are read once, see Tree, which is faster than the usual cache for many short rollouts of a prompt on a CPU.
+        far are read once, which is faster than the usual cache for many short rollouts of a prompt on a CPU; or a new
+        Tree to do so, for log_probs.
         Returns a Rollout.
         """
         N, among = len(prompt) * n_rollouts, among or self.config.writes
@@ -611,7 +618,8 @@ class GPT2(nn.Module):
         states (N, d_model) at the last tokens, and returns the t-th new ones (N,), and which rows are to go on (N,),
         None: all; it ends when none is. For the rest, see generate. Returns the new tokens (N, T).
         """
-        S, device, cache, tree = prompt.shape[1], prompt.device, None, Tree(self) if merge else None
+        S, device, cache = prompt.shape[1], prompt.device, None
+        tree = Tree(self) if merge is True else merge
         positions = go_on(positions, S, n_new, device)                                  # (S + n_new,)
         if use_cache and not merge:
             autocast = torch.is_autocast_enabled(device.type)
@@ -640,13 +648,16 @@ class GPT2(nn.Module):
         """
         Log-probabilities (N, T), with gradient, of tokens (N, T) chosen among a range after prompt (N, S): at
         temperature 1 and of the whole range, whatever the tokens were sampled with. entropy: return as well the
-        entropy (N, T), in nats, of each choice. merge: as in generate.
+        entropy (N, T), in nats, of each choice. merge: as in generate; or the Tree by which it sampled the tokens, so
+        that nothing is read twice.
         """
         among = among or self.config.writes
         read, S = torch.cat([prompt, tokens[:, :-1]], dim=1), prompt.shape[1]
         if merge:
-            tree, positions = Tree(self), torch.arange(read.shape[1], device=read.device)
-            steps = [tree.read(read[:, :end], positions[:end]) for end in range(S, read.shape[1] + 1)]
+            tree, positions = Tree(self) if merge is True else merge, torch.arange(read.shape[1], device=read.device)
+            for end in range(S + len(tree.steps), read.shape[1] + 1):
+                tree.read(read[:, :end], positions[:end])
+            steps = tree.steps
             parts = [self.logits(states, among).float().log_softmax(-1) for states, _ in steps]
         else:
             steps, parts = None, [self.logits(self.hidden(read)[:, S - 1:], among).float().log_softmax(-1)]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import transformers
 
 import model as model_file
-from model import GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig, make_model, pack, unpack
+from model import GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig, Tree, make_model, pack, unpack
 from utils import recorded
 
 SMALL = dict(block_size=24, n_layer=2, n_head=4, d_model=32)
@@ -212,16 +212,20 @@ def test_fixed_thoughts_hold_no_end_and_variable_ones_end_once():
 @pytest.mark.parametrize('n_thoughts', [1, 3])
 def test_merged_log_probs_equal_those_of_every_row(n_thoughts):
     model = small_thinker()
-    question = tokens_for(model, 3, 2).repeat_interleave(20, dim=0)
-    thoughts = model.think(question, n_thoughts, fixed=False).tokens
-    found = []
-    for merge in (False, True):
+    question, noise = tokens_for(model, 3, 2), torch.rand(60, n_thoughts)
+    tree = Tree(model)
+    thoughts, again = (model.think(question, n_thoughts, fixed=False, n_rollouts=20, noise=noise, merge=merge).tokens
+                       for merge in (tree, False))
+    assert torch.equal(thoughts, again)
+    question, found = question.repeat_interleave(20, dim=0), []
+    for merge in (False, True, tree):
         model.zero_grad()
         both = model.thought_log_probs(question, thoughts, fixed=False, entropy=True, merge=merge)
         (both[0].square().sum() + both[1].sum()).backward()
         found.append([*both, *(p.grad for p in model.parameters())])
-    for separate, merged in zip(*found):
+    for separate, merged, sampled in zip(*found):
         torch.testing.assert_close(merged, separate, atol=1e-3, rtol=1e-4)
+        assert torch.equal(merged, sampled)
 
 
 def test_soft_tokens_equal_tokens_and_have_gradients():
