@@ -254,18 +254,18 @@ def draw_language():
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
-def explore(question, dice, jitter, epsilon, merge):
+def explore(question, reader, dice, jitter, epsilon):
     """
-    Thoughts (B, G, T) of rollouts for question (B, n_adds), by dice (B G, T) and jitter (B G, tokens) of logits. merge:
-    see model.generate.
+    Thoughts (B, G, T) of rollouts for question (B, n_adds), by dice (B G, T) and jitter (B G, tokens) of logits.
+    reader: see merge in GPT2.generate.
     """
     return thinking.think(
         question, think_len, fixed=fixed, n_rollouts=group_size, noise=dice, bias=logit_noise * jitter,
-        temperature=temperature, top_k=top_k, top_p=top_p, epsilon=epsilon, merge=merge,
+        temperature=temperature, top_k=top_k, top_p=top_p, epsilon=epsilon, merge=reader,
     ).tokens.view(-1, group_size, think_len)
 
 
-def candidates(question, merge, more=None, *how):
+def candidates(question, reader, more=None, *how):
     """
     Codes to choose from, (C,) numbers: all, or those written for the whole batch, and with search the random ones in
     `more` as well; in ascending order, unless compiled. And where among them the rollouts for question (B, n_adds) are,
@@ -273,7 +273,7 @@ def candidates(question, merge, more=None, *how):
     """
     if search_all:
         return all_codes, None
-    written = number(explore(question, *how, merge))                                # (B, G)
+    written = number(explore(question, reader, *how))                               # (B, G)
     if compile:
         return written.flatten(), torch.arange(written.numel(), device=world.device).view(written.shape)
     codes = world.gather(written).flatten()
@@ -312,9 +312,9 @@ def losses(rows, noise, *how):
     question, answer = train_set[world.share(rows)], world.share(all_answers)       # (B, n_adds), (B,)
 
     # candidate codes, and what each is worth for every answer
-    own = not search and advantage != 'balanced'    # whether what is sampled is what is learned from, and read once
-    tree = Tree(thinking) if merge and own else merge
-    numbers, column = candidates(question, tree, *how)                              # (C,), (B, G)
+    own = not search and advantage != 'balanced'    # whether what is sampled is what is learned from
+    reader = Tree(thinking) if merge and own else merge
+    numbers, column = candidates(question, reader, *how)                            # (C,), (B, G)
     codes = spell(numbers)                                                          # (C, T)
     log_q = answering.answer(codes).float().log_softmax(-1).T                       # (M, C) log p(answer | code)
     rewards = (number(hand_made)[:, None] == numbers).float() if clean else log_q.detach()
@@ -340,7 +340,7 @@ def losses(rows, noise, *how):
     K = chosen.shape[1]
     log_pi, entropy = (x.sum(1).view(-1, K) for x in thinking.thought_log_probs(
         question.repeat_interleave(K, dim=0), codes[chosen].flatten(0, 1), fixed, entropy=True,
-        merge=own and tree))                                                        # (B, K)
+        merge=own and reader))                                                       # (B, K)
     thinking_loss = -(counted * log_pi).sum(1).mean()
     if supervised_weight:
         log_pi = thinking.thought_log_probs(question, hand_made[answer], fixed)     # (B, T)

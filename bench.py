@@ -536,8 +536,9 @@ def timed(function, repeats=5):
 
 
 KINDS = {   # of kernels: parts of their names, the first that fits counts
-    'attention': 'flash|fmha|attend|sdpa|cudnn', 'matrices': 'nvjet|gemm|gemv|cutlass|cublas', 'norms': 'layer_norm',
-    'softmax, loss, sampling': 'softmax|sort|scan|argmax|gather', 'GELU': '(?i)gelu', 'optimiser': 'multi_tensor|adam',
+    'attention': 'flash|fmha|attend|sdpa|cudnn', 'matrices': 'nvjet|gemm|gemv|cutlass|cublas|project',
+    'norms': 'layer_norm', 'softmax, loss, sampling': 'softmax|sort|scan|argmax|gather', 'GELU': '(?i)gelu',
+    'optimiser': 'multi_tensor|adam',
     'copies and casts': '(?i)copy|cat|memcpy|memset|to_copy|index', 'other': ''}
 
 
@@ -669,7 +670,8 @@ def speed_script(script, ways, n, every=50):
         log = [entry for entry in log if entry.keys() & {'loss', 'thinking_loss'}]
         seconds = [(after['seconds'] - before['seconds']) / every for before, after in itertools.pairwise(log[1:])]
         found[name] = {'seconds': seconds, 'tokens_per_second': n / median(seconds),
-                       'peak_memory_mb': line['peak_memory_mb'], 'last_loss': log[-1].get('loss')}
+                       'peak_memory_mb': line['peak_memory_mb'],
+                       'gradient_norm': {entry['step']: entry['gradient_norm'] for entry in log}}
         print(name, json.dumps(found[name]), flush=True)
     return found
 
@@ -1348,7 +1350,7 @@ COUNTS = {  # what a question counts of which a share p of rollouts is right, fo
 def weighting_summary():
     """The share of right answers at the end, means over seeds: a weighting a row, a task a column, in Markdown."""
     lines = [['', 'what a question counts', *WEIGHED], ['---'] * (2 + len(WEIGHED))]
-    for row, (how, _) in WEIGHTINGS.items():
+    for row, (how, _) in (WEIGHTINGS | {'reinforce': ('--advantage=reinforce', '')}).items():
         paths = [RESULTS / f'weighting-{task}-{row}.json' for task in WEIGHED]
         lines.append([f'`{how}`', COUNTS.get(row, ''), *(
             f'{mean(run["accuracy"] for run in json.loads(path.read_text())["runs"]):.2f}' if path.exists() else ''
@@ -1535,7 +1537,8 @@ def table(suite):
     if suite in COMMON:
         said.append(f'`…` is `{common}`.')
     if suite in ('weighting', 'temperature'):
-        said += [f'`{task} …` is `{text}`.' for text, task in short.items()]
+        said += [f'`{task} …` is `{text}`.' for text, task in short.items()
+                 if any(row['command'].startswith(f'`{task} …') for row in rows)]
     if len({row['on'] for row in rows}) == 1:
         said.append(f'All on {[row.pop("on") for row in rows][0]}.')
     lines = [rows[0], ['---'] * len(rows[0]), *(row.values() for row in rows)]

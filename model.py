@@ -135,9 +135,12 @@ class KVCache:
         self.positions = torch.empty(n_positions, dtype=torch.long, device=device)
         self.length = 0     # tokens in it
         self.on_device = torch.zeros((), dtype=torch.int32, device=device)      # the same, for attend
-        self.fast = triton is not None and self.positions.is_cuda and shape[-1] in (16, 32, 64, 128)
+        # whether our own kernels, through which no gradients pass, read it
+        self.fast = (triton is not None and self.positions.is_cuda and shape[-1] in (16, 32, 64, 128)
+                     and not torch.is_grad_enabled())
         # whether a kernel may begin before the one before it is done (programmatic dependent launch, since Hopper)
-        self.early = self.fast and torch.cuda.get_device_capability(self.positions.device) >= (9, 0)
+        self.early = (self.fast and torch.version.hip is None
+                      and torch.cuda.get_device_capability(self.positions.device) >= (9, 0))
 
     def place(self, positions):
         """Note the positions (S,) of the tokens to come; return those of all tokens with them. Layers call append."""
@@ -423,16 +426,17 @@ def merge_rows(tokens):
 class Tree:
     """
     Reads rows of tokens bit by bit, those that are alike so far once. Gradients pass where they did when it was made:
-    a tree by which rollouts are sampled can be read again for the gradient of their log-probabilities.
+    a tree by which rollouts were sampled gives their log-probabilities too, for one backward pass.
     """
 
     def __init__(self, model):
-        self.model, self.cache, self.steps, self.grad = model, GrowingCache(), [], torch.is_grad_enabled()
+        self.model, self.cache, self.grad = model, GrowingCache(), torch.is_grad_enabled()
+        self.tokens, self.steps = None, []
 
     def read(self, tokens, positions):
         """
         Go on to the end of tokens (N, S), at positions (S,). Returns states (n, d_model) at the last of them, of the n
-        rows that are not alike, and (N,) which of these each row is; steps keeps them.
+        rows that are not alike, and (N,) which of these each row is; steps keeps them, tokens what was read.
         """
         rows, which = merge_rows(tokens)
         with torch.set_grad_enabled(self.grad):
@@ -440,6 +444,7 @@ class Tree:
                 self.cache.select(self.steps[-1][1][rows])
             new = slice(self.cache.length, tokens.shape[1])
             states = self.model.hidden(tokens[rows, new], self.cache, positions[new])[:, -1]
+        self.tokens = tokens
         self.steps.append((states, which))
         return states, which
 
@@ -538,6 +543,7 @@ class GPT2(nn.Module):
     def single(self, x, cache):
         """Whether x (B, S, d_model) is one token of a single row, which Block.step can read."""
         plain = self.config.positions == 'learned' and not (self.training and self.config.dropout)
+        plain = plain and 4 * self.config.d_model <= 4096       # longer rows do not fit into registers
         fast = isinstance(cache, KVCache) and cache.fast and x.dtype is self.wte.weight.dtype
         return plain and fast and x.shape[:2] == (1, 1)
 
@@ -648,13 +654,15 @@ class GPT2(nn.Module):
         """
         Log-probabilities (N, T), with gradient, of tokens (N, T) chosen among a range after prompt (N, S): at
         temperature 1 and of the whole range, whatever the tokens were sampled with. entropy: return as well the
-        entropy (N, T), in nats, of each choice. merge: as in generate; or the Tree by which it sampled the tokens, so
-        that nothing is read twice.
+        entropy (N, T), in nats, of each choice. merge: as in generate; or the Tree by which it sampled the tokens with
+        these weights, so that nothing is read twice. Raises ValueError when that has read others.
         """
         among = among or self.config.writes
         read, S = torch.cat([prompt, tokens[:, :-1]], dim=1), prompt.shape[1]
         if merge:
             tree, positions = Tree(self) if merge is True else merge, torch.arange(read.shape[1], device=read.device)
+            if tree.steps and not torch.equal(tree.tokens, read[:, :tree.tokens.shape[1]]):
+                raise ValueError('the tree has read other tokens than these')
             for end in range(S + len(tree.steps), read.shape[1] + 1):
                 tree.read(read[:, :end], positions[:end])
             steps = tree.steps

@@ -1,4 +1,10 @@
 """model.py: agreement with transformers, fast paths against slow ones, causality, masks, growing."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,7 +148,9 @@ def test_what_is_fused_is_one_graph():
 @pytest.mark.parametrize('positions', ['learned', 'rotary'])
 @pytest.mark.parametrize('n_rows, G', [(1, 1), (1, 3), (70, 3)])
 def test_thoughts_on_a_gpu_equal_uncached(positions, n_rows, G):
-    model = small_thinker(block_size=200, positions=positions).cuda()
+    model = small_thinker(block_size=200, positions=positions, n_head=3, d_model=48).cuda()
+    with torch.no_grad():
+        assert KVCache(model.config, n_rows, 2, 'cuda').fast
     prompt, noise = tokens_for(model, n_rows, 90).cuda(), torch.rand(G * n_rows, 60, device='cuda')
 
     def think(prompt, noise):
@@ -153,6 +161,34 @@ def test_thoughts_on_a_gpu_equal_uncached(positions, n_rows, G):
     for fast in (think(prompt, noise), as_graph(prompt, noise)):
         assert torch.equal(fast.tokens, slow.tokens)
         torch.testing.assert_close(fast.log_probs, slow.log_probs, atol=1e-3, rtol=0)
+
+
+def check_kernels():
+    """Run on a CPU by Triton's interpreter, see the next test."""
+    usual = KVCache.__init__
+
+    def fast(self, *args):
+        usual(self, *args)
+        self.fast = True
+
+    for positions, n_head, d_model, n_rows, G in (('learned', 3, 48, 1, 1), ('learned', 6, 96, 1, 1),
+                                                  ('learned', 4, 64, 2, 3), ('rotary', 2, 64, 1, 1),
+                                                  ('rotary', 6, 96, 28, 3)):
+        model = small_thinker(block_size=60, positions=positions, n_head=n_head, d_model=d_model, n_layer=1)
+        prompt, noise = tokens_for(model, n_rows, 40), torch.rand(G * n_rows, 3)
+        how, found = dict(n_rollouts=G, noise=noise), []
+        for KVCache.__init__ in (fast, usual):
+            found.append(model.think(prompt, 3, **how))
+        assert torch.equal(found[0].tokens, model.think(prompt, 3, use_cache=False, **how).tokens)
+        torch.testing.assert_close(found[0].log_probs, found[1].log_probs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('triton'), reason='needs Triton')
+def test_kernels_on_a_cpu_equal_uncached():
+    command = [sys.executable, '-c', 'from test_model import check_kernels; check_kernels()']
+    folder = Path(__file__).parent
+    path = os.pathsep.join([str(folder), str(folder.parent), *sys.path])
+    subprocess.run(command, env=os.environ | {'TRITON_INTERPRET': '1', 'PYTHONPATH': path}, check=True)
 
 
 # ---- generation and thoughts
@@ -226,6 +262,9 @@ def test_merged_log_probs_equal_those_of_every_row(n_thoughts):
     for separate, merged, sampled in zip(*found):
         torch.testing.assert_close(merged, separate, atol=1e-3, rtol=1e-4)
         assert torch.equal(merged, sampled)
+    if n_thoughts > 1:
+        with pytest.raises(ValueError, match='other tokens'):
+            model.thought_log_probs(question, thoughts.roll(1, 0), fixed=False, merge=tree)
 
 
 def test_soft_tokens_equal_tokens_and_have_gradients():
