@@ -138,9 +138,12 @@ class KVCache:
         # whether our own kernels, through which no gradients pass, read it
         self.fast = (triton is not None and self.positions.is_cuda and shape[-1] in (16, 32, 64, 128)
                      and not torch.is_grad_enabled())
-        # whether a kernel may begin before the one before it is done (programmatic dependent launch, since Hopper)
-        self.early = (self.fast and torch.version.hip is None
-                      and torch.cuda.get_device_capability(self.positions.device) >= (9, 0))
+
+    @property
+    def early(self):
+        """Whether a kernel may begin before the one before it is done: programmatic dependent launch, since Hopper."""
+        device = self.positions.device
+        return device.type == 'cuda' and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
 
     def place(self, positions):
         """Note the positions (S,) of the tokens to come; return those of all tokens with them. Layers call append."""
