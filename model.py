@@ -374,7 +374,7 @@ class Attention(nn.Module):
         if self.config.positions == 'rotary':
             q, k = turn(q, *places), turn(k, *places)
         dropout = self.config.dropout if self.training else 0.
-        fast = S == 1 and isinstance(cache, KVCache) and cache.fast
+        fast = S == 1 and visible is None and isinstance(cache, KVCache) and cache.fast
         if fast and self.config.positions != 'relative' and not dropout:
             return self.c_proj(cache.attend(layer, q, k, v).view(B, S, d_model))
         if cache is not None:
@@ -533,7 +533,7 @@ class GPT2(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         if torch.is_autocast_enabled(x.device.type):    # what layers add to takes half the memory and time
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.single(x, cache):
+        if visible is None and self.single(x, cache):
             for layer, block in enumerate(self.h):
                 x = block.step(x, layer, cache)
             x = self.ln_f(x)
