@@ -269,7 +269,7 @@ def candidates(question, reader, more=None, *how):
     """
     Codes to choose from, (C,) numbers: all, or those written for the whole batch, and with search the random ones in
     `more` as well; in ascending order, unless compiled. And where among them the rollouts for question (B, n_adds) are,
-    (B, G), or None where all are.
+    (B, G), or None where all are. reader and how: see explore.
     """
     if search_all:
         return all_codes, None
@@ -340,7 +340,7 @@ def losses(rows, noise, *how):
     K = chosen.shape[1]
     log_pi, entropy = (x.sum(1).view(-1, K) for x in thinking.thought_log_probs(
         question.repeat_interleave(K, dim=0), codes[chosen].flatten(0, 1), fixed, entropy=True,
-        merge=own and reader))                                                       # (B, K)
+        merge=own and reader))                                                      # (B, K)
     thinking_loss = -(counted * log_pi).sum(1).mean()
     if supervised_weight:
         log_pi = thinking.thought_log_probs(question, hand_made[answer], fixed)     # (B, T)

@@ -14,6 +14,7 @@ Names of parameters are those of Hugging Face's GPT2LMHeadModel without the lead
 import contextlib
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -354,6 +355,12 @@ def turn(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
+def one_token(x, cache, visible, module):
+    """Whether x (B, S, d_model) is one token a row, which KVCache.attend can serve in this module."""
+    plain = module.config.positions != 'relative' and not (module.training and module.config.dropout)
+    return plain and visible is None and x.shape[1] == 1 and isinstance(cache, KVCache) and cache.fast
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -374,8 +381,7 @@ class Attention(nn.Module):
         if self.config.positions == 'rotary':
             q, k = turn(q, *places), turn(k, *places)
         dropout = self.config.dropout if self.training else 0.
-        fast = S == 1 and visible is None and isinstance(cache, KVCache) and cache.fast
-        if fast and self.config.positions != 'relative' and not dropout:
+        if one_token(x, cache, visible, self):
             return self.c_proj(cache.attend(layer, q, k, v).view(B, S, d_model))
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -410,11 +416,11 @@ class Block(nn.Module):
 
     def step(self, x, layer, cache):
         """What forward does to one token of a single row (1, 1, d_model), by five kernels; see GPT2.single."""
-        early = cache.early
+        early, through = cache.early, partial(project, early=cache.early)
         q, k, v = (y.view(1, self.config.n_head, 1, -1)
-                   for y in project(x, self.attn.c_attn, self.ln_1, early=early).chunk(3, dim=-1))
-        x = project(cache.attend(layer, q, k, v, early).view_as(x), self.attn.c_proj, add=x, early=early)
-        return project(project(x, self.mlp.c_fc, self.ln_2, True, early=early), self.mlp.c_proj, add=x, early=early)
+                   for y in through(x, self.attn.c_attn, self.ln_1).chunk(3, dim=-1))
+        x = through(cache.attend(layer, q, k, v, early).view_as(x), self.attn.c_proj, add=x)
+        return through(through(x, self.mlp.c_fc, self.ln_2, gelu=True), self.mlp.c_proj, add=x)
 
 
 def merge_rows(tokens):
@@ -533,7 +539,7 @@ class GPT2(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         if torch.is_autocast_enabled(x.device.type):    # what layers add to takes half the memory and time
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if visible is None and self.single(x, cache):
+        if self.single(x, cache, visible):
             for layer, block in enumerate(self.h):
                 x = block.step(x, layer, cache)
             x = self.ln_f(x)
@@ -543,12 +549,11 @@ class GPT2(nn.Module):
             cache.grow(x.shape[1])
         return x
 
-    def single(self, x, cache):
+    def single(self, x, cache, visible):
         """Whether x (B, S, d_model) is one token of a single row, which Block.step can read."""
-        plain = self.config.positions == 'learned' and not (self.training and self.config.dropout)
-        plain = plain and 4 * self.config.d_model <= 4096       # longer rows do not fit into registers
-        fast = isinstance(cache, KVCache) and cache.fast and x.dtype is self.wte.weight.dtype
-        return plain and fast and x.shape[:2] == (1, 1)
+        fits = 4 * self.config.d_model <= 4096      # longer rows do not fit into registers
+        return (len(x) == 1 and fits and self.config.positions == 'learned' and x.dtype is self.wte.weight.dtype
+                and one_token(x, cache, visible, self))
 
     @fused
     def blocks(self, x, cache, places, visible):
