@@ -402,6 +402,23 @@ turn = itertools.count()         # of GPUs
 running = {}                    # row: futures of its runs, by seed
 
 
+def stored(name):
+    """What assets/results/<name>.json holds, None where there is no such file."""
+    path = RESULTS / f'{name}.json'
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def keep(name, result, indent=1):
+    """Write assets/results/<name>.json."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_atomic(RESULTS / f'{name}.json', lambda path: path.write_text(json.dumps(result, indent=indent) + '\n'))
+
+
+def markdown(head, lines):
+    """A table."""
+    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in (head, ['---'] * len(head), *lines))
+
+
 def run(suite, row, seed, folder, *more):
     """Run a row's command with a seed in out/bench/<suite>-<row>/<folder>. Returns that folder and the last line."""
     device, script, arguments, _ = SUITES[suite][row]
@@ -488,7 +505,6 @@ def origin(suite, row, seed):
 
 def measure(suite, rows):
     """Run rows with every seed, `parallel` runs at once; write assets/results/<suite>-<row>.json for each."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
     failed, commit = [], git_commit()
     with ThreadPoolExecutor(parallel) as pool:
         one = {'origin': origin, 'gradient': gradient, 'sparsity': sparsity, 'weights': weights}.get(suite, learn)
@@ -514,9 +530,7 @@ def measure(suite, rows):
                     failed.append(str(error))
             if not result['runs']:
                 continue
-            write_atomic(RESULTS / f'{suite}-{row}.json',
-                         lambda path, result=result: path.write_text(json.dumps(
-                             result, indent=None if suite in ('gradient', 'weights') else 1) + '\n'))
+            keep(f'{suite}-{row}', result, indent=None if suite in ('gradient', 'weights') else 1)
     if failed:
         fail('; '.join(failed))
 
@@ -870,40 +884,38 @@ def measure_speed(rows):
         command = f'python bench.py --suite=speed --only={row}'
         result = {'command': command, 'hardware': device_name(device), 'torch': torch.__version__,
                   'commit': git_commit(), 'what': what, 'unit': unit, 'runs': function()}
-        write_atomic(RESULTS / f'speed-{row}.json',
-                     lambda path, result=result: path.write_text(json.dumps(result, indent=1) + '\n'))
+        keep(f'speed-{row}', result)
 
 
 def speed_table():
     """What was measured of speed, in Markdown."""
-    lines = ['| what | way | milliseconds | per second | memory, MB | MFU | on |', '|' + ' --- |' * 7]
+    lines = []
     for row in SPEED:
-        if (path := RESULTS / f'speed-{row}.json').exists():
-            result = json.loads(path.read_text())
+        if result := stored(f'speed-{row}'):
             what, on = result['what'], f'{result["hardware"]}, torch {result["torch"]}'
             for name, run in result['runs'].items():
                 milliseconds = [1000 * s for s in run['seconds']]
                 row = (what, name, f'{median(milliseconds):.2f} ({min(milliseconds):.2f} to {max(milliseconds):.2f})',
                        f'{run["tokens_per_second"]:,.0f} {result["unit"]}', run.get('peak_memory_mb', ''),
                        f'{run["mfu"]:.3f}' if 'mfu' in run else '', on)
-                lines.append('| ' + ' | '.join(map(str, row)) + ' |')
+                lines.append(row)
                 what = on = ''
-    return '\n'.join(lines)
+    return markdown(['what', 'way', 'milliseconds', 'per second', 'memory, MB', 'MFU', 'on'], lines)
 
 
 def profile_table():
     """Where the time of what speed measured goes on a GPU, in Markdown."""
-    lines = [' | '.join(('| what | way | milliseconds', *KINDS, 'waits |')), '|' + ' --- |' * (len(KINDS) + 4)]
+    lines = []
     for row in ('think-512', 'think-1', 'train', 'blind'):
-        result = json.loads(path.read_text()) if (path := RESULTS / f'speed-{row}.json').exists() else {'runs': {}}
+        result = stored(f'speed-{row}') or {'runs': {}}
         for name, run in result['runs'].items():
             if 'profile' in run:
                 whole = 1000 * median(run['seconds'])
                 parts = [*run['profile'].values(), max(0., whole - sum(run['profile'].values()))]
                 shares = [f'{100 * part / max(whole, sum(parts)):.0f}%' for part in parts]
                 what = '' if name != next(iter(result['runs'])) else result['what']
-                lines.append(' | '.join((f'| {what} | {name} | {whole:.1f}', *shares)) + ' |')
-    return '\n'.join(lines)
+                lines.append([what, name, f'{whole:.1f}', *shares])
+    return markdown(['what', 'way', 'milliseconds', *KINDS, 'waits'], lines)
 
 
 # ---- what a step costs as things grow -------------------------------------------------------------------------------
@@ -943,14 +955,12 @@ def measure_scaling():
             del step
     result = {'command': 'python bench.py --suite=scaling', 'hardware': device_name(device),
               'torch': torch.__version__, 'commit': git_commit(), 'milliseconds': found}
-    write_atomic(RESULTS / f'scaling-{device}.json',
-                 lambda path: path.write_text(json.dumps(result, indent=1) + '\n'))
+    keep(f'scaling-{device}', result)
 
 
 def scaling_results():
     """What was measured of scaling, on a CPU and on a GPU."""
-    paths = [RESULTS / f'scaling-{device}.json' for device in ('cpu', 'cuda')]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [result for device in ('cpu', 'cuda') if (result := stored(f'scaling-{device}'))]
 
 
 def scaling_picture():
@@ -972,13 +982,13 @@ def scaling_picture():
 
 def scaling_table():
     """What was measured of scaling, in Markdown."""
-    lines = ['| what grows | milliseconds a step | on |', '| --- | --- | --- |']
+    lines = []
     for result in scaling_results():
         on = f'{result["hardware"]}, torch {result["torch"]}'
         for name, times in result['milliseconds'].items():
-            lines.append(f'| {name} | {", ".join(f"{value}: {t[0]:.3g}" for value, t in times.items())} | {on} |')
+            lines.append([name, ', '.join(f'{value}: {t[0]:.3g}' for value, t in times.items()), on])
             on = ''
-    return '\n'.join(lines)
+    return markdown(['what grows', 'milliseconds a step', 'on'], lines)
 
 
 # ---- weightings -----------------------------------------------------------------------------------------------------
@@ -1142,8 +1152,7 @@ def over_models(runs, reward, name, G, key):
 
 def gradient_table():
     """What the gradient suite found, in Markdown: an estimator a row."""
-    found = {row: json.loads(path.read_text()) for row in SUITES['gradient']
-             if (path := RESULTS / f'gradient-{row}.json').exists()}
+    found = {row: result for row in SUITES['gradient'] if (result := stored(f'gradient-{row}'))}
     if not found:
         return ''
     one, cells = next(iter(found.values())), [(reward, row) for reward in ('sparse', 'dense') for row in found]
@@ -1151,9 +1160,8 @@ def gradient_table():
 
     def show(title, text):
         heads = [f'{reward}, {SUITES["gradient"][row][3]}' for reward, row in cells]
-        lines = [['', *heads], ['---'] * (1 + len(cells)), *(
-                 [name, *(text(found[row]['runs'], reward, name) for reward, row in cells)] for name in ESTIMATORS)]
-        said.append(title + '\n\n' + '\n'.join(f'| {" | ".join(line)} |' for line in lines))
+        lines = [[name, *(text(found[row]['runs'], reward, name) for reward, row in cells)] for name in ESTIMATORS]
+        said.append(f'{title}\n\n{markdown(["", *heads], lines)}')
     show('Cosine of one estimate with the exact gradient, for groups of 2 / 8 / 64:', lambda *which: ' / '.join(
         f'{over_models(*which, G, "cosine")[0]:.2f}' for G in (2, 8, 64)))
     show('Cosine of the mean of many estimates with it, that is, bias of direction, for groups of 2 / 8 / 64:',
@@ -1179,7 +1187,7 @@ def gradient_picture():
             f'<b>{"right or wrong: 1 or 0" if reward == "sparse" else "log p(answer)"}</b><br>'
             f'{SUITES["gradient"][row][3]}' for reward, row in panels])
     for column, (reward, row) in enumerate(panels, 1):
-        runs = json.loads((RESULTS / f'gradient-{row}.json').read_text())['runs']
+        runs = stored(f'gradient-{row}')['runs']
         for line, key in enumerate(measures, 1):
             for name, (colour, dash) in lines.items():
                 middle, half = zip(*(over_models(runs, reward, name, G, key) for G in GROUPS))
@@ -1319,9 +1327,8 @@ def verdict(runs):
     relative to its mean, a fifth less); or gradients vanish (to 1% while under .9 are right), or effective n is below
     1.5. Reasons on both sides: success decides. None, or only some seeds: inconclusive.
     """
-    path = RESULTS / f'weighting-{runs[0]["task"]}-rloo.json'
-    others = json.loads(path.read_text())['runs'] if path.exists() else []
-    others = {run['changed'].get('seed', 0): run for run in others}
+    others = stored(f'weighting-{runs[0]["task"]}-rloo') or {'runs': []}
+    others = {run['changed'].get('seed', 0): run for run in others['runs']}
     pairs = [(run, others[seed]) for run in runs if (seed := run['changed'].get('seed', 0)) in others]
     if not pairs or all(run == other for run, other in pairs):
         return ''
@@ -1349,13 +1356,12 @@ COUNTS = {  # what a question counts of which a share p of rollouts is right, fo
 
 def weighting_summary():
     """The share of right answers at the end, means over seeds: a weighting a row, a task a column, in Markdown."""
-    lines = [['', 'what a question counts', *WEIGHED], ['---'] * (2 + len(WEIGHED))]
+    lines = []
     for row, (how, _) in (WEIGHTINGS | {'reinforce': ('--advantage=reinforce', '')}).items():
-        paths = [RESULTS / f'weighting-{task}-{row}.json' for task in WEIGHED]
+        found = [stored(f'weighting-{task}-{row}') for task in WEIGHED]
         lines.append([f'`{how}`', COUNTS.get(row, ''), *(
-            f'{mean(run["accuracy"] for run in json.loads(path.read_text())["runs"]):.2f}' if path.exists() else ''
-            for path in paths)])
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+            f'{mean(run["accuracy"] for run in result["runs"]):.2f}' if result else '' for result in found)])
+    return markdown(['', 'what a question counts', *WEIGHED], lines)
 
 
 def sparsity_table():
@@ -1363,8 +1369,7 @@ def sparsity_table():
     lines, heads = [], ('right of 16', 'groups with none', 'with all right', 'log p(answer), 10% / 50% / 90%',
                         'its std in a group', 'mean size of dr_grpo, sparse / dense', 'of grpo')
     for row in SUITES['sparsity']:
-        if (path := RESULTS / f'sparsity-{row}.json').exists():
-            result = json.loads(path.read_text())
+        if result := stored(f'sparsity-{row}'):
             for case in result['runs'][0]:
                 runs = [one[case] for one in result['runs']]
                 said = [f'{mean(one[key] for one in runs):.2f}' for key in ('right_of_16', 'none', 'all')]
@@ -1373,12 +1378,12 @@ def sparsity_table():
                 said += [' / '.join(f'{mean(one[f"{kind}_{reward}"] for one in runs):.2f}'
                                     for reward in ('sparse', 'dense')) for kind in ('dr_grpo', 'grpo')]
                 lines.append([row, case, *said])
+                on = f'{len(result["runs"])} seeds, on {result["hardware"]}, torch {result["torch"]}.'
     if not lines:
         return ''
     above = ''.join(f'`{row}` is `python {script}.py {arguments}`. '
                     for row, (_, script, arguments, _) in SUITES['sparsity'].items())
-    return (f'{above}{len(result["runs"])} seeds, on {result["hardware"]}, torch {result["torch"]}.\n\n' + '\n'.join(
-        f'| {" | ".join(line)} |' for line in (['task', 'model, questions', *heads], ['---'] * 9, *lines)))
+    return f'{above}{on}\n\n{markdown(["task", "model, questions", *heads], lines)}'
 
 
 def weights_table():
@@ -1386,17 +1391,17 @@ def weights_table():
     cells = {'blind': ('half-trained, depth 1, sparse', 'half-trained, depth 1, dense'),
              'perm': ('half-trained, depth 2, sparse', 'half-trained, depth 2, dense'),
              's5': ('half-trained, depth 2, sparse', 'half-trained, depth 2, dense')}
-    found = [(f'{row}, {case}', [run[case] for run in json.loads(path.read_text())['runs'] if run[case]])
-             for row, cases in cells.items() if (path := RESULTS / f'weights-{row}.json').exists() for case in cases]
+    found = [(f'{row}, {case}', [run[case] for run in result['runs'] if run[case]])
+             for row, cases in cells.items() if (result := stored(f'weights-{row}')) for case in cases]
     found = [(head, runs) for head, runs in found if runs]
     if not found:
         return ''
-    lines = [['', *(head for head, _ in found)], ['---'] * (1 + len(found))]
+    lines = []
     for name in found[0][1][0]:
         lines.append([name, *(' / '.join(f'{mean(run[name][key] for run in runs):.{n}f}' for key, n in (
             ('on_right', 2), ('max_weight', 2), ('entropy', 2), ('effective_n', 1))) for _, runs in found)])
     return ('On the right rollouts / largest share / entropy / effective number of 16:\n\n'
-            + '\n'.join(f'| {" | ".join(line)} |' for line in lines))
+            + markdown(['', *(head for head, _ in found)], lines))
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -1416,8 +1421,17 @@ def curve(runs, name, n_digits):
 
 def columns(suite, runs):
     """What a suite's table says of the runs of a row: {heading: text}."""
+    kinds = ('shuffled', 'random', 'constant', 'none')      # of other thoughts
+
+    def of(key, n_digits):
+        return spread([run[key] for run in runs], n_digits)
+
+    def when(key, n_digits=0):      # of those that got there
+        reached = [run[key] for run in runs if run[key] is not None]
+        return f'{spread(reached, n_digits)}, {len(reached)} of {len(runs)}' if reached else 'never'
+
     if suite == 'origin':
-        return {f'another {name}': spread([run[key] for run in runs], 2) for key, name in (
+        return {f'another {name}': of(key, 2) for key, name in (
             ('noise', 'draw of questions and noise'), ('thinking', 'thinking policy'),
             ('answering', 'answering policy'))}
     if suite == 'reach':
@@ -1425,26 +1439,22 @@ def columns(suite, runs):
         return {'reach .99': f'{len(reached)} of {len(runs)}',
                 'seconds until then': spread([run['seconds_of_99'] for run in reached], 1) if reached else '',
                 'questions until then': spread([run['step_of_99'] * run['batch_size'] for run in reached], 0)
-                if reached else '', 'seconds in all': spread([run['seconds'] for run in runs], 1)}
+                if reached else '', 'seconds in all': of('seconds', 1)}
     if suite == 'lengths':
         return {'thoughts': spread([run.get('thoughts', run['changed'].get('think_len', 2)) for run in runs], 1),
-                'seconds': spread([run['seconds'] for run in runs], 1)}
+                'seconds': of('seconds', 1)}
     if suite in ('code', 'capacity', 'dealt', 'paid'):
         unit = 'step' if suite in ('dealt', 'paid') else 'seconds'
-        reached = [run[f'{unit}_to_all'] for run in runs if run[f'{unit}_to_all'] is not None]
-        when = spread(reached, 1 if unit == 'seconds' else 0) if reached else ''
-        return {'accuracy': spread([run['accuracy'] for run in runs], 3),
-                'codes': spread([run['codes'] for run in runs], 0),
-                f'all right at {unit}': f'{when}, {len(reached)} of {len(runs)}' if reached else 'never',
-                'seconds': spread([run['seconds'] for run in runs], 1)}
+        return {'accuracy': of('accuracy', 3), 'codes': of('codes', 0),
+                f'all right at {unit}': when(f'{unit}_to_all', int(unit == 'seconds')),
+                'seconds': of('seconds', 1)}
     if suite == 'free':
         depths = [str(depth) for depth in runs[0]['accuracy_at_depth']]
         return {f'{what} at depth {depths[0]} to {depths[-1]}': ' / '.join(
                     f'{mean(run[key][depth] for run in runs):.{n_digits}f}' for depth in depths)
                 for what, key, n_digits in (('accuracy', 'accuracy_at_depth', 3), ('thoughts', 'thoughts_at_depth', 2))}
     if suite in ('thinking', 'needs', 's5', 'buys'):
-        kinds = ('shuffled', 'random', 'constant', 'none')
-        said = {'held out': spread([run['heldout_accuracy'] for run in runs], 3)}
+        said = {'held out': of('heldout_accuracy', 3)}
         if suite != 'needs':
             used = [run['ablation'] for run in runs if 'ablation' in run]
             said[' / '.join(kinds)] = ' / '.join(f'{mean(run[kind] for run in used):.3f}' for kind in kinds if used)
@@ -1452,10 +1462,7 @@ def columns(suite, runs):
             for depth in ('16', '32', '64'):
                 tried = [run['accuracy_at_depth'][depth] for run in runs if depth in run.get('accuracy_at_depth', {})]
                 said[f'at depth {depth}'] = spread(tried, 3) if tried else ''
-        reached = [run['step_of_99'] for run in runs if run['step_of_99']]
-        return {**said, 'depth': spread([run['depth'] for run in runs], 1),
-                'step of .99': f'{spread(reached, 0)}, {len(reached)} of {len(runs)}' if reached else 'never',
-                'seconds': spread([run['seconds'] for run in runs], 0)}
+        return {**said, 'depth': of('depth', 1), 'step of .99': when('step_of_99'), 'seconds': of('seconds', 0)}
     if suite == 'math':
         names = {'accuracy': 'val_accuracy', **{f'at level {level}': f'val_accuracy_at_{level}' for level in
                                                 runs[0]['accuracy_at_level']}, 'format': 'val_format'}
@@ -1464,55 +1471,45 @@ def columns(suite, runs):
         for name, key in (('mixed groups', 'mixed'), ('norm of the gradient', 'gradient_norm'),
                           ('effective n', 'effective_n')):      # of all steps
             said[name] = spread([mean(run['curve'][key]) for run in runs], 2)
-        return {**said, 'accuracy by step': curve(runs, 'val_accuracy', 3),
-                'seconds': spread([run['seconds'] for run in runs], 0)}
+        return {**said, 'accuracy by step': curve(runs, 'val_accuracy', 3), 'seconds': of('seconds', 0)}
     if suite in ROLLOUTS:
         said = {}
         for name, key, n_digits in (('perplexity', 'perplexity', 2), ('distinct-4', 'distinct_4', 3),
                                     ('repeated 8-grams', 'repeated_8', 4), ('thoughts a token', 'thoughts', 3)):
-            said[name] = spread([run[key] for run in runs], n_digits) if key in runs[0] else ''
+            said[name] = of(key, n_digits) if key in runs[0] else ''
             if key in ('perplexity', 'distinct_4'):
                 said[f'{name} by step'] = curve(runs, key, n_digits - 1) if 'curve' in runs[0] else ''
         swapped = [{kind: math.exp(loss) for kind, loss in run['ablation'].items() if kind != 'own'} for run in runs]
-        kinds = ('shuffled', 'random', 'constant', 'none')
         said['perplexity with thoughts that are shuffled / random / constant / none'] = ' / '.join(
             f'{mean(run[kind] for run in swapped if kind in run):.2f}' if any(kind in run for run in swapped) else '–'
             for kind in kinds) if swapped[0] else ''
-        return {**said, 'seconds': spread([run['seconds'] for run in runs], 0)}
+        return {**said, 'seconds': of('seconds', 0)}
     if suite in ('text', *TEXTS):
-        kinds = ('shuffled', 'random', 'constant', 'none') if runs[0]['above_own'] else ()
-        return {'val loss': spread([run['val_loss'] for run in runs], 4),
-                **({'its best': spread([run['best_val_loss'] for run in runs], 4)} if suite == 'text' else {}),
+        return {'val loss': of('val_loss', 4), **({'its best': of('best_val_loss', 4)} if suite == 'text' else {}),
                 'more with thoughts that are shuffled / random / constant / none': ' / '.join(
                     f'{mean(run["above_own"][kind][0] for run in runs):.4f}' if kind in runs[0]['above_own'] else '–'
-                    for kind in kinds),
-                'seconds': spread([run['seconds'] for run in runs], 0)}
+                    for kind in kinds if runs[0]['above_own']),
+                'seconds': of('seconds', 0)}
     if suite in ('weighting', 'temperature'):
         few = [run['effective_n'] for run in runs if run['effective_n']]
         return {f'right at step {", ".join(runs[0]["early"])}': ', '.join(
                     f'{mean(run["early"][step] for run in runs):.2f}' for step in runs[0]['early']),
-                'at the end': spread([run['accuracy'] for run in runs], 3),
-                'held out': spread([run['heldout_accuracy'] for run in runs], 3),
-                'variance of gradient norm / squared mean': spread([run['norm_variance'] for run in runs], 2),
+                'at the end': of('accuracy', 3), 'held out': of('heldout_accuracy', 3),
+                'variance of gradient norm / squared mean': of('norm_variance', 2),
                 'effective n': spread(few, 1) if few else '', 'collapsed': str(sum(run['collapsed'] for run in runs)),
-                'beside rloo': verdict(runs), 'seconds': spread([run['seconds'] for run in runs], 0)}
-    said = {'training': spread([run['accuracy'] for run in runs], 4),
-            'held out': spread([run['heldout_accuracy'] for run in runs], 4)}
+                'beside rloo': verdict(runs), 'seconds': of('seconds', 0)}
+    said = {'training': of('accuracy', 4), 'held out': of('heldout_accuracy', 4)}
     if suite == 'learning':
-        kinds = ('shuffled', 'random', 'constant', 'none')
         said[' / '.join(kinds)] = ' / '.join(f'{mean(run["ablation"][kind] for run in runs):.3f}' for kind in kinds
                                              ) if 'ablation' in runs[0] else ''
-        said['seconds'] = spread([run['seconds'] for run in runs], 0)
+        said['seconds'] = of('seconds', 0)
     if suite == 'ablation':
-        said['codes written'] = spread([run['codes'] for run in runs], 0)
+        said['codes written'] = of('codes', 0)
     if suite == 'thousand':
-        said['steps'] = spread([run['steps'] for run in runs], 0)
+        said['steps'] = of('steps', 0)
     if suite in ('variants', 'thousand'):
-        reached = [run['step_of_99'] for run in runs if run['step_of_99']]
-        said |= {'codes written': spread([run['codes'] for run in runs], 0),
-                 'bits': spread([run['bits'] for run in runs], 1),
-                 'step of .99': f'{spread(reached, 0)}, {len(reached)} of {len(runs)}' if reached else 'never',
-                 'seconds': spread([run['seconds'] for run in runs], 0)}
+        said |= {'codes written': of('codes', 0), 'bits': of('bits', 1), 'step of .99': when('step_of_99'),
+                 'seconds': of('seconds', 0)}
     return said
 
 
@@ -1522,8 +1519,7 @@ def table(suite):
     short = {f'python {script}.py {base}': task for task, (script, base) in WEIGHED.items()}
     for row, (_, script, _, what) in SUITES[suite].items():
         common = f'python {script}.py {COMMON.get(suite, "")}'.strip()
-        if (path := RESULTS / f'{suite}-{row}.json').exists():
-            result = json.loads(path.read_text())
+        if result := stored(f'{suite}-{row}'):
             at_once = f', {result["parallel"]} at once' if result.get('parallel', 1) > 1 else ''
             command = result['command'].replace(common, '…') if suite in COMMON else result['command']
             if suite in ('weighting', 'temperature'):
@@ -1541,8 +1537,7 @@ def table(suite):
                  if any(row['command'].startswith(f'`{task} …') for row in rows)]
     if len({row['on'] for row in rows}) == 1:
         said.append(f'All on {[row.pop("on") for row in rows][0]}.')
-    lines = [rows[0], ['---'] * len(rows[0]), *(row.values() for row in rows)]
-    return ''.join(f'{line}\n\n' for line in said) + '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    return ''.join(f'{line}\n\n' for line in said) + markdown(rows[0], [row.values() for row in rows])
 
 
 TABLES = {'speed': speed_table, 'profile': profile_table, 'scaling': scaling_table, 'gradient': gradient_table,
