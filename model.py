@@ -1,46 +1,36 @@
 """
 The one model file: a pre-LN GPT-2, and the same with thought tokens.
 
-  ModelConfig, GPT2                  tokens in, logits out; KV cache; generation; weights from and to Hugging Face
-  ThinkingModelConfig, GPT2Thinking  adds thought tokens that have no text, and rollouts of them
+  ModelConfig, GPT2                  tokens in, logits out; generation; weights from and to Hugging Face
+  ThinkingModelConfig, GPT2Thinking  adds thought tokens, which have no text, and ways to roll them out
 
 Tokens are numbered  0 .. d_normal_vocab-1                   normal tokens (text, integers)
                      d_normal_vocab .. d_vocab_total-2       thought tokens <think0>, <think1>, ...
                      d_vocab_total-1                         <end_thought>
 
 Shapes: B rows (sequences), S positions, H heads, D = d_model / n_head, V tokens that the model can write.
-Names of parameters are those of Hugging Face's GPT2LMHeadModel without the leading "transformer.".
+Parameters have the names of Hugging Face's GPT2LMHeadModel without the leading "transformer.".
 """
-import contextlib
+import copy
 import math
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from utils import being_recorded, digits, fused, need, sample
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:     # where there is no GPU
-    triton = None
+from utils import (LinearCrossEntropy, attend_to_cache, attention, being_recorded, causal, digits, fused, has_kernel,
+                   need, sample, think_merged)
 
 REACH = 16      # distances up to which 'relative' positions tell tokens apart
-# up to this many keys, explicit forms of attention are faster
-TINY = 8
-CHUNK = 8192    # rows of logits that a loss makes at a time
 
 
-# ---- configs --------------------------------------------------------------------------------------------------------
+# ---- configs ------------------------------------------------------------------------------------
 
 @dataclass
 class ModelConfig:
-    """Shape of a GPT2. Raises ValueError when the numbers cannot make a model."""
+    """Shape of a GPT2. Raises ValueError if the numbers cannot make a model."""
     d_vocab: int = 50257        # tokens that can be read and written
     block_size: int = 1024      # longest sequence, tokens
     n_layer: int = 12
@@ -48,8 +38,8 @@ class ModelConfig:
     d_model: int = 768
     tie_weights: bool = True    # one matrix embeds and unembeds
     init: str = 'gpt2'          # 'gpt2': std .02 | 'unit': activations of size one, for small models
-    positions: str = 'learned'  # 'learned': an embedding each | 'rotary' | 'relative': attention by distance
-    dropout: float = 0.         # share of numbers dropped in training: of embeddings, attention and what a layer adds
+    position_encoding: str = 'learned'      # 'learned': an embedding each | 'rotary' | 'relative': by distance
+    dropout: float = 0.         # share of numbers dropped in training: embeddings, attention, what a layer adds
 
     def __post_init__(self):
         for name in ('d_vocab', 'block_size', 'n_layer', 'n_head', 'd_model'):
@@ -57,12 +47,11 @@ class ModelConfig:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
         if self.d_model % self.n_head:
             raise ValueError(f'n_head={self.n_head} does not divide d_model={self.d_model}')
-        if self.init not in ('gpt2', 'unit'):
-            raise ValueError(f"init={self.init!r} must be 'gpt2' or 'unit'")
-        if self.positions not in ('learned', 'rotary', 'relative'):
-            raise ValueError(f"positions={self.positions!r} must be 'learned', 'rotary' or 'relative'")
-        if self.positions == 'rotary' and self.d_model // self.n_head % 2:
-            raise ValueError(f'rotary positions turn pairs: d_model={self.d_model} / n_head={self.n_head} must be even')
+        for name, known in {'init': ('gpt2', 'unit'), 'position_encoding': ('learned', 'rotary', 'relative')}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f'{name}={getattr(self, name)!r} must be one of {", ".join(known)}')
+        if self.position_encoding == 'rotary' and self.d_model // self.n_head % 2:
+            raise ValueError(f'rotary turns pairs: d_model={self.d_model} / n_head={self.n_head} must be even')
         if self.tie_weights and self.init == 'unit':
             raise ValueError("init='unit' needs tie_weights=False: embeddings of size one make logits too large")
         if self.tie_weights and self.reads != self.writes:
@@ -82,22 +71,20 @@ class ModelConfig:
 @dataclass
 class ThinkingModelConfig(ModelConfig):
     """
-    Shape of a GPT2Thinking. One model may read and write everything; of two split policies, the thinking one writes
-    thoughts only, and the answering one writes normal tokens only, and reads thoughts only where it is blind.
+    Shape of a GPT2Thinking. One model may read and write everything. Of two split policies, the thinking one writes
+    only thoughts; the answering one writes only normal tokens and, if it is blind, reads only thoughts.
     """
     d_vocab: int = 0            # d_vocab_total, computed from the next two
     d_normal_vocab: int = 50257
     d_thought_vocab: int = 10   # L, without end_thought
     input_kind: str = 'all'     # 'all' | 'normal' | 'thought'
     output_kind: str = 'all'    # 'all' | 'normal' | 'thought'
-    gate: float | None = None   # None: no gate; or what it starts at, see GPT2Thinking.think_everywhere
+    gate: float | None = None   # None: no gate; or its first value, see GPT2Thinking.think_everywhere
 
     def __post_init__(self):
         if self.d_normal_vocab < 1 or self.d_thought_vocab < 1:
             raise ValueError('d_normal_vocab and d_thought_vocab must be at least 1')
         self.d_vocab = self.d_normal_vocab + self.d_thought_vocab + 1
-        if isinstance(self.gate, bool):     # in older checkpoints
-            self.gate = 0. if self.gate else None
         super().__post_init__()
 
     def _range(self, kind):
@@ -125,224 +112,43 @@ class ThinkingModelConfig(ModelConfig):
         return self.d_vocab - 1
 
 
-# ---- the network ----------------------------------------------------------------------------------------------------
+# ---- the network --------------------------------------------------------------------------------
 
-class KVCache:
-    """Keys and values (B, H, S, D) of each layer at the positions a model has already read, in memory reserved once."""
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
+        self.c_proj = nn.Linear(config.d_model, config.d_model)
+        if config.position_encoding == 'relative':      # what a distance of -REACH..REACH adds to a head's scores
+            self.relative = nn.Embedding(2 * REACH + 1, config.n_head)
+        # A bias of the keys raises all scores of a query by the same amount and changes nothing. Its gradient is
+        # rounding error, which Adam would blow up to full steps, different with every number of processes.
+        keep = [1, 0, 1]        # the gradients of queries, keys, values
+        self.c_attn.bias.register_hook(lambda grad: torch.cat([part * m for part, m in zip(grad.chunk(3), keep)]))
 
-    def __init__(self, config, n_rows, n_positions, device=None, dtype=None):
-        shape = n_rows, config.n_head, n_positions, config.d_model // config.n_head
-        self.kv = [[torch.empty(shape, device=device, dtype=dtype) for _ in 'kv'] for _ in range(config.n_layer)]
-        self.positions = torch.empty(n_positions, dtype=torch.long, device=device)
-        self.length = 0     # tokens in it
-        self.on_device = torch.zeros((), dtype=torch.int32, device=device)      # the same, for attend
-        # whether our own kernels, through which no gradients pass, read it
-        self.fast = (triton is not None and self.positions.is_cuda and shape[-1] in (16, 32, 64, 128)
-                     and not torch.is_grad_enabled())
-
-    @property
-    def early(self):
-        """Whether a kernel may begin before the one before it is done: programmatic dependent launch, since Hopper."""
-        device = self.positions.device
-        return device.type == 'cuda' and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
-
-    def place(self, positions):
-        """Note the positions (S,) of the tokens to come; return those of all tokens with them. Layers call append."""
-        self.positions[self.length:self.length + len(positions)] = positions
-        return self.positions[:self.length + len(positions)]
-
-    def grow(self, n):
-        """Count n tokens that all layers have appended."""
-        self.length += n
-        self.on_device += n
-
-    def append(self, layer, k, v):
-        """Store k, v (B, H, S, D) behind what is there; return all keys and values so far."""
-        end = self.length + k.shape[2]
-        for kept, new in zip(self.kv[layer], (k, v)):
-            kept[:, :, self.length:end] = new
-        return [kept[:, :, :end] for kept in self.kv[layer]]
-
-    def attend(self, layer, q, k, v, early=False):
-        """
-        Append k, v of one token (B, H, 1, D) and attend to all: what attention(q, *append(layer, k, v)) returns, by
-        one kernel that reads keys and values once, as wide as memory allows. Only on a GPU, see fast and early.
-        """
-        (B, H, _, D), out = q.shape, torch.empty_like(q, memory_format=torch.contiguous_format)
-        if not q.stride() == k.stride() == v.stride():
-            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        how = dict(block=32, num_warps=1) if B * H > 500 else dict(block=128, num_warps=4)
-        how |= {'launch_pdl': True} if early else {}
-        attend_kernel[(B * H,)](q, k, v, *self.kv[layer], out, self.on_device, len(self.positions), *q.stride()[:2], H,
-                                D, early=early, **how)
-        return out
-
-    def repeat(self, n):
-        """Every row n times, side by side: one question's cache serves its whole group of rollouts."""
-        self.kv = [[kept.repeat_interleave(n, dim=0) for kept in layer] for layer in self.kv]
-        return self
+    def forward(self, x, layer, cache, places, visible):
+        """x: (B, S, d_model). places: what the position encoding needs, see GPT2.places. visible: see GPT2.layers."""
+        B, S, d_model = x.shape
+        q, k, v = (y.view(B, S, self.config.n_head, -1).transpose(1, 2)                     # (B, H, S, D)
+                   for y in self.c_attn(x).split(d_model, dim=-1))
+        dropout = self.config.dropout if self.training else 0.
+        mask = visible                                                                      # (Sq, Sk)
+        if self.config.position_encoding == 'rotary':
+            q, k = turn(q, *places), turn(k, *places)
+        elif self.config.position_encoding == 'relative':
+            visible = causal(S, places.shape[1], x.device) if visible is None else visible
+            mask = (8 * self.relative(places).permute(2, 0, 1)).to(q.dtype).masked_fill(~visible, -torch.inf)
+        if cache is not None and cache.fast and S == 1 and mask is None and not dropout:
+            y = attend_to_cache(layer, q, k, v, cache)
+        else:
+            if cache is not None:
+                k, v = cache.append(layer, k, v)
+            y = attention(q, k, v, mask, dropout)
+        return self.c_proj(y.transpose(1, 2).reshape(B, S, d_model))
 
 
-class GrowingCache:
-    """The same in memory that grows, through which gradients pass: (2, B, H, S, D) for each layer."""
-
-    def __init__(self):
-        self.kv, self.positions, self.length = {}, None, 0
-
-    def place(self, positions):
-        self.positions = positions if self.length == 0 else torch.cat([self.positions, positions])
-        return self.positions
-
-    def grow(self, n):
-        self.length += n
-
-    def append(self, layer, k, v):
-        kv = torch.stack([k, v])
-        self.kv[layer] = torch.cat([self.kv[layer], kv], dim=3) if layer in self.kv else kv
-        return self.kv[layer]
-
-    def repeat(self, n):
-        self.kv = {layer: kv.repeat_interleave(n, dim=1) for layer, kv in self.kv.items()}
-        return self
-
-    def select(self, rows):
-        """Only these rows (n,), in this order, each perhaps several times."""
-        self.kv = {layer: kv[:, rows] for layer, kv in self.kv.items()}
-        return self
-
-
-if triton:
-    @triton.jit
-    def attend_kernel(q, k, v, keys, values, out, length, S, stride_row, stride_head, H: tl.constexpr, D: tl.constexpr,
-                      block: tl.constexpr, early: tl.constexpr):
-        """One head of one row: see KVCache.attend. Softmax as it goes (Milakov and Gimelshein 2018), in float32."""
-        if early:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
-        row, d, n = tl.program_id(0), tl.arange(0, D), tl.load(length)
-        at = row // H * stride_row + row % H * stride_head + d
-        old = row.to(tl.int64) * S * D + d
-        new_k, new_v = tl.load(k + at), tl.load(v + at)
-        tl.store(keys + old + n * D, new_k)
-        tl.store(values + old + n * D, new_v)
-        query = tl.load(q + at).to(tl.float32) / tl.sqrt(D * 1.)
-        top, total, mix = tl.sum(query * new_k.to(tl.float32)), 1., new_v.to(tl.float32)
-        for start in range(0, n, block):
-            s = start + tl.arange(0, block)[:, None]                                        # (block, 1)
-            key = tl.load(keys + old + s * D, s < n, 0.).to(tl.float32)                     # (block, D)
-            value = tl.load(values + old + s * D, s < n, 0.).to(tl.float32)
-            score = tl.where(s < n, tl.sum(query * key, 1, keep_dims=True), -float('inf'))
-            best = tl.maximum(top, tl.max(score))
-            p, keep = tl.exp(score - best), tl.exp(top - best)
-            top, total, mix = best, total * keep + tl.sum(p), mix * keep + tl.sum(p * value, 0)
-        tl.store(out + row * D + d, (mix / total).to(new_v.dtype))
-
-    @triton.jit
-    def project_kernel(x, gain, shift, weight, bias, add, out, K: tl.constexpr, wide: tl.constexpr, part: tl.constexpr,
-                       norm: tl.constexpr, gelu: tl.constexpr, more: tl.constexpr, early: tl.constexpr):
-        """Of a single row, `part` numbers of what project returns: sums in float32."""
-        if early:
-            tl.extra.cuda.gdc_launch_dependents()
-        n, k = tl.program_id(0) * part + tl.arange(0, part), tl.arange(0, wide)
-        rows = tl.load(weight + n[:, None] * K + k, (k < K)[None, :], 0.)                   # (part, wide)
-        if early:       # weights were not made by the kernel before, x was
-            tl.extra.cuda.gdc_wait()
-        h = tl.load(x + k, k < K, 0.).to(tl.float32)
-        if norm:
-            h = tl.where(k < K, h - tl.sum(h) / K, 0.)
-            h = h * tl.rsqrt(tl.sum(h * h) / K + 1e-5) * tl.load(gain + k, k < K, 0.) + tl.load(shift + k, k < K, 0.)
-            h = h.to(rows.dtype).to(tl.float32)
-        y = tl.sum(rows.to(tl.float32) * h[None, :], 1) + tl.load(bias + n)
-        if gelu:
-            y = y / (1 + tl.exp(-1.5957691216 * (y + .044715 * y * y * y)))
-        if more:
-            y = y.to(rows.dtype) + tl.load(add + n)
-        tl.store(out + n, y.to(rows.dtype))
-
-
-def project(x, linear, norm=None, gelu=False, add=None, early=False):
-    """
-    A single row x (1, 1, K) through a linear layer, with a LayerNorm before it, and GELU and what is added behind it:
-    one kernel that reads the weights once, as wide as memory allows, and with early before x is there, see KVCache. On
-    a GPU; the number of outputs divides by 8.
-    """
-    (N, K), part = linear.weight.shape, 8
-    out = x.new_empty(1, 1, N)
-    gain, shift = (x, x) if norm is None else (norm.weight, norm.bias)
-    project_kernel[(N // part,)](x, gain, shift, linear.weight, linear.bias, x if add is None else add, out, K,
-                                 triton.next_power_of_2(K), part, norm is not None, gelu, add is not None, early,
-                                 num_warps=4, **({'launch_pdl': True} if early else {}))
-    return out
-
-
-def fastest_attention(q):
-    """A context in which PyTorch prefers cuDNN's attention, which trains long sequences fastest on a recent GPU."""
-    if not (q.is_cuda and q.requires_grad and q.dtype is torch.bfloat16):
-        return contextlib.nullcontext()
-    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                        SDPBackend.MATH], set_priority=True)
-
-
-def attention(q, k, v, bias=None, visible=None, dropout=0.):
-    """
-    Attention of q (B, H, Sq, D), the last Sq of the Sk tokens, to k and v (B, H, Sk, D). Returns q's shape.
-    visible: (Sq, Sk), True for what each may see; None: those before it and itself. bias: (H, Sq, Sk), added to scores.
-    dropout: share of the weights that are dropped.
-    """
-    n_query, n_key = q.shape[2], k.shape[2]
-    if n_key == 1 and not dropout:      # whose weight is 1: computed, it had a gradient of rounding error, and Adam
-        return v                        # would blow that up
-    tiny = n_key <= TINY
-    if not tiny and bias is None and visible is None and n_query in (1, n_key):
-        with fastest_attention(q):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=n_query > 1, dropout_p=dropout)
-    mask = visible
-    if visible is None:
-        mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)  # (Sq, Sk)
-    if bias is not None:
-        mask = bias.to(q.dtype).masked_fill(~mask, -torch.inf)                                      # (H, Sq, Sk)
-    if not tiny:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    if bias is None:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    if q.is_cuda or n_query == 1:   # which multiplies thousands of tiny matrices faster number by number
-        scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) * q.shape[-1] ** -.5 + mask             # (B, H, Sq, Sk)
-        return (F.dropout(scores.softmax(-1), dropout)[..., None] * v[:, :, None]).sum(3).to(v.dtype)
-    return F.dropout((q @ k.transpose(-2, -1) * q.shape[-1] ** -.5 + mask).softmax(-1), dropout) @ v    # likewise
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """
-    Mean cross-entropy, in nats, of logits x @ weight.T against targets: x (n, d_model), weight (V, d_model), targets
-    (n,). Logits are made and used for CHUNK rows at a time and never all in memory, as their gradient is computed in
-    the forward pass (as in Liger Kernel, Hsu et al. 2024).
-    """
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        loss, grad_x, grad_weight, V = x.new_zeros((), dtype=torch.float), [], torch.zeros_like(weight), len(weight)
-        if torch.is_autocast_enabled(x.device.type):
-            x, weight = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight))
-        more = -V % 64 if x.is_cuda else 0      # rows of a round length are multiplied faster there
-        weight, number = F.pad(weight, (0, 0, 0, more)), torch.arange(V + more, device=x.device)
-        for rows, target in zip(x.split(CHUNK), targets.split(CHUNK)):
-            if torch.compiler.is_compiling():   # or all chunks were made side by side: each waits for the one before
-                rows = rows * (loss == loss)
-            logits = (rows @ weight.T).float()                                              # (CHUNK, V + more)
-            log_p = (logits.masked_fill(number >= V, -torch.inf) if more else logits).log_softmax(-1)
-            loss = loss - log_p.gather(-1, target[:, None]).sum()
-            grad = ((log_p.exp() - (number == target[:, None]).float()) / len(x)).to(x.dtype)
-            grad_x.append(grad @ weight)
-            grad_weight += (grad.T @ rows)[:V]
-        ctx.save_for_backward(torch.cat(grad_x), grad_weight)
-        return loss / len(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad * grad_x, grad * grad_weight, None
-
-
-def turns(positions, d_head):
+def rotary_angles(positions, d_head):
     """Cosines and sines (S, d_head / 2) of the angles by which 'rotary' turns positions (S,) (Su et al. 2021)."""
     rates = 10000. ** -(torch.arange(0, d_head, 2, device=positions.device) / d_head)
     angles = positions[:, None] * rates
@@ -353,42 +159,6 @@ def turn(x, cos, sin):
     """Turn the pairs (i, i + D / 2) of queries or keys x (B, H, S, D) by the angles of their positions."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
-
-
-def one_token(x, cache, visible, module):
-    """Whether x (B, S, d_model) is one token a row, which KVCache.attend can serve in this module."""
-    plain = module.config.positions != 'relative' and not (module.training and module.config.dropout)
-    return plain and visible is None and x.shape[1] == 1 and isinstance(cache, KVCache) and cache.fast
-
-
-class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
-        self.c_proj = nn.Linear(config.d_model, config.d_model)
-        if config.positions == 'relative':      # what a distance of -REACH..REACH adds to a head's scores
-            self.relative = nn.Embedding(2 * REACH + 1, config.n_head)
-        # a bias of the keys raises all scores of a query alike and changes nothing: its gradient is rounding error,
-        # which Adam would blow up to full steps, different with every number of processes
-        mask = [1, 0, 1]        # of queries, keys, values
-        self.c_attn.bias.register_hook(lambda grad: torch.cat([part * m for part, m in zip(grad.chunk(3), mask)]))
-
-    def forward(self, x, layer, cache, places, visible):
-        B, S, d_model = x.shape
-        q, k, v = (y.view(B, S, self.config.n_head, -1).transpose(1, 2)           # (B, H, S, D)
-                   for y in self.c_attn(x).split(d_model, dim=-1))
-        if self.config.positions == 'rotary':
-            q, k = turn(q, *places), turn(k, *places)
-        dropout = self.config.dropout if self.training else 0.
-        if one_token(x, cache, visible, self):
-            return self.c_proj(cache.attend(layer, q, k, v).view(B, S, d_model))
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        bias = None
-        if self.config.positions == 'relative':
-            bias = 8 * self.relative(places).permute(2, 0, 1)                                              # (H, Sq, Sk)
-        return self.c_proj(attention(q, k, v, bias, visible, dropout).transpose(1, 2).reshape(B, S, d_model))
 
 
 class MLP(nn.Module):
@@ -411,65 +181,59 @@ class Block(nn.Module):
         self.config = config
 
     def forward(self, x, layer, cache=None, places=None, visible=None):
-        x = x + F.dropout(self.attn(self.ln_1(x), layer, cache, places, visible), self.config.dropout, self.training)
+        seen = self.attn(self.ln_1(x), layer, cache, places, visible)
+        x = x + F.dropout(seen, self.config.dropout, self.training)
         return x + F.dropout(self.mlp(self.ln_2(x)), self.config.dropout, self.training)
 
-    def step(self, x, layer, cache):
-        """What forward does to one token of a single row (1, 1, d_model), by five kernels; see GPT2.single."""
-        early, through = cache.early, partial(project, early=cache.early)
-        q, k, v = (y.view(1, self.config.n_head, 1, -1)
-                   for y in through(x, self.attn.c_attn, self.ln_1).chunk(3, dim=-1))
-        x = through(cache.attend(layer, q, k, v, early).view_as(x), self.attn.c_proj, add=x)
-        return through(through(x, self.mlp.c_fc, self.ln_2, gelu=True), self.mlp.c_proj, add=x)
 
-
-def merge_rows(tokens):
-    """Indices (n,) of rows of tokens (N, S) of which no two are alike, and (N,) which of these each row is like."""
-    which = torch.zeros_like(tokens[:, 0])
-    for column in tokens.T:     # of a number per row, which is quicker to sort than rows
-        which = (which * (tokens.max() + 1) + column).unique(return_inverse=True)[1]
-    one = torch.empty_like(which[:which.max() + 1])
-    return one.scatter_(0, which, torch.arange(len(which), device=which.device)), which
-
-
-class Tree:
+class KVCache:
     """
-    Reads rows of tokens bit by bit, those that are alike so far once. Gradients pass where they did when it was made:
-    a tree by which rollouts were sampled gives their log-probabilities too, for one backward pass.
+    Keys and values (B, H, S, D) of each layer at the positions a model has read. They grow as tokens are appended, and
+    gradients pass through them. Given a config and sizes, they are written into memory that is reserved once, without
+    gradients: faster for many tokens.
     """
 
-    def __init__(self, model):
-        self.model, self.cache, self.grad = model, GrowingCache(), torch.is_grad_enabled()
-        self.tokens, self.steps = None, []
+    def __init__(self, config=None, n_rows=0, n_positions=0, device=None, dtype=None):
+        self.kv, self.length, self.positions = {}, 0, None
+        self.reserved = config is not None
+        self.fast = False       # whether a kernel of ours reads it
+        if self.reserved:
+            shape = n_rows, config.n_head, n_positions, config.d_model // config.n_head
+            self.kv = {layer: [torch.empty(shape, device=device, dtype=dtype) for _ in 'kv']
+                       for layer in range(config.n_layer)}
+            self.fast = has_kernel(device, shape[-1])
+            self.on_device = torch.zeros((), dtype=torch.int32, device=device)      # length, for the kernel
 
-    def read(self, tokens, positions):
-        """
-        Go on to the end of tokens (N, S), at positions (S,). Returns states (n, d_model) at the last of them, of the n
-        rows that are not alike, and (N,) which of these each row is; steps keeps them, tokens what was read.
-        """
-        rows, which = merge_rows(tokens)
-        with torch.set_grad_enabled(self.grad):
-            if self.steps:
-                self.cache.select(self.steps[-1][1][rows])
-            new = slice(self.cache.length, tokens.shape[1])
-            states = self.model.hidden(tokens[rows, new], self.cache, positions[new])[:, -1]
-        self.tokens = tokens
-        self.steps.append((states, which))
-        return states, which
+    def append(self, layer, k, v):
+        """Store k, v (B, H, S, D) of new tokens. Returns all keys and values so far."""
+        if self.reserved:
+            end = self.length + k.shape[2]
+            for kept, new in zip(self.kv[layer], (k, v)):
+                kept[:, :, self.length:end] = new
+            return [kept[:, :, :end] for kept in self.kv[layer]]
+        if layer in self.kv:
+            k, v = (torch.cat([kept, new], dim=2) for kept, new in zip(self.kv[layer], (k, v)))
+        self.kv[layer] = [k, v]
+        return self.kv[layer]
 
+    def place(self, positions):
+        """Note the positions (S,) of tokens that all layers are about to append. Returns those of all tokens."""
+        self.positions = positions if self.positions is None else torch.cat([self.positions, positions])
+        return self.positions
 
-def go_on(positions, n_prompt, n_new, device):
-    """Positions (n_prompt + n_new,) of a prompt, where they are None from 0, and of new tokens behind its last."""
-    if positions is None:
-        return torch.arange(n_prompt + n_new, device=device)
-    return torch.cat([positions, positions[-1] + 1 + torch.arange(n_new, device=device)])
+    def grow(self, n):
+        """Count n tokens that all layers have appended."""
+        self.length += n
+        if self.fast:
+            self.on_device += n
 
+    def repeat(self, n):
+        """Repeat every row n times, side by side: the cache of one question serves all its rollouts."""
+        self.kv = {layer: [kept.repeat_interleave(n, dim=0) for kept in kv] for layer, kv in self.kv.items()}
 
-class Rollout(NamedTuple):
-    """What generation returns: N rows of T new tokens."""
-    tokens: torch.Tensor        # (N, T) tokens; from a row's stop token on, only stop tokens
-    log_probs: torch.Tensor     # (N, T) log-probability of each token, see utils.sample; 0 outside mask
-    mask: torch.Tensor          # (N, T) True where the policy chose a token, a row's stop token included
+    def select(self, rows):
+        """Keep only these rows (n,), in this order, some perhaps several times."""
+        self.kv = {layer: [kept[rows] for kept in kv] for layer, kv in self.kv.items()}
 
 
 class GPT2(nn.Module):
@@ -482,7 +246,7 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(len(config.reads), config.d_model)
-        if config.positions == 'learned':
+        if config.position_encoding == 'learned':
             self.wpe = nn.Embedding(config.block_size, config.d_model)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.d_model)
@@ -506,22 +270,22 @@ class GPT2(nn.Module):
                 if name.endswith('c_proj.weight'):
                     std /= math.sqrt(2 * self.config.n_layer)
                 nn.init.normal_(p, std=std)
-                if name.endswith('relative.weight'):    # nearer tokens first, by heads of a longer and longer reach
+                if name.endswith('relative.weight'):    # near tokens first, with a longer reach in every next head
                     distance = torch.arange(-REACH, REACH + 1).abs()
                     p.copy_(-10 / 8 * distance[:, None] * .5 ** torch.arange(self.config.n_head))
 
     def embed(self, tokens):
         """
-        tokens: (B, S), or how much there is of each token that can be read, (B, S, len(config.reads)), for gradients
-        with respect to tokens. Returns embeddings (B, S, d_model).
+        Embeddings (B, S, d_model) of tokens (B, S), or of mixtures of tokens (B, S, len(config.reads)), through which
+        gradients pass.
         """
         return tokens @ self.wte.weight if tokens.is_floating_point() else self.wte(tokens - self.config.reads.start)
 
     def layers(self, x, cache=None, positions=None, visible=None):
         """
-        x: (B, S, d_model), embeddings of tokens that are appended to what the cache holds. positions: (S,), where they
-        say they are; None: where they are. visible: see attention; then it is for the caller to mind block_size.
-        Returns the last layer's states (B, S, d_model).
+        States (B, S, d_model) of the last layer at embeddings x (B, S, d_model), which are appended to what the cache
+        holds. positions: (S,), None: counted on. visible: (S, Sk), True where a token may look, None: before it and at
+        itself; with it the caller takes care of block_size.
         """
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
@@ -530,158 +294,119 @@ class GPT2(nn.Module):
         if positions is None:
             positions = torch.arange(start, end, device=x.device)
         keys, places = positions if cache is None else cache.place(positions), None     # keys (Sk,): of all tokens
-        if self.config.positions == 'learned':
+        if self.config.position_encoding == 'learned':
             x = x + self.wpe(positions)                                                 # (B, S, d_model)
-        elif self.config.positions == 'rotary':
-            places = turns(positions, self.config.d_model // self.config.n_head)
+        elif self.config.position_encoding == 'rotary':
+            places = rotary_angles(positions, self.config.d_model // self.config.n_head)
         else:
             places = (keys - positions[:, None]).clamp(-REACH, REACH) + REACH           # (S, Sk)
         x = F.dropout(x, self.config.dropout, self.training)
-        if torch.is_autocast_enabled(x.device.type):    # what layers add to takes half the memory and time
+        if torch.is_autocast_enabled(x.device.type):    # the residual stream takes half the memory and time
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.single(x, cache, visible):
-            for layer, block in enumerate(self.h):
-                x = block.step(x, layer, cache)
-            x = self.ln_f(x)
-        else:
-            x = self.blocks(x, cache, places, visible)
+        x = self.blocks(x, cache, places, visible)
         if cache is not None:
             cache.grow(x.shape[1])
         return x
 
-    def single(self, x, cache, visible):
-        """Whether x (B, S, d_model) is one token of a single row, which Block.step can read."""
-        fits = 4 * self.config.d_model <= 4096      # longer rows do not fit into registers
-        return (len(x) == 1 and fits and self.config.positions == 'learned' and x.dtype is self.wte.weight.dtype
-                and one_token(x, cache, visible, self))
-
     @fused
     def blocks(self, x, cache, places, visible):
-        """What layers does to embeddings x (B, S, d_model); places: of positions, as Attention takes them."""
         for layer, block in enumerate(self.h):
             x = block(x, layer, cache, places, visible)
         return self.ln_f(x)
 
     def hidden(self, tokens, cache=None, positions=None):
-        """States (B, S, d_model) of the last layer at tokens, as embed takes them; for the rest, see layers."""
+        """States (B, S, d_model) of the last layer at tokens; see embed and layers."""
         return self.layers(self.embed(tokens), cache, positions)
 
     def logits(self, states, among):
         """Logits (..., len(among)) of a range of tokens at states (..., d_model)."""
         return F.linear(states, self.lm_head.weight[self.columns(among)])
 
-    def loss(self, tokens, targets):
-        """Mean cross-entropy, in nats, of targets (B, S) as the tokens that follow on tokens (B, S)."""
-        return LinearCrossEntropy.apply(self.hidden(tokens).flatten(0, 1), self.lm_head.weight, targets.flatten())
-
-    def forward(self, tokens, cache=None, positions=None):
-        """tokens: (B, S). Returns logits (B, S, V), column i for token config.writes[i]. See layers."""
-        return self.lm_head(self.hidden(tokens, cache, positions))
-
     def columns(self, among):
-        """The slice of logit columns for a range of tokens. Raises ValueError when the model does not write them."""
+        """The slice of logit columns for a range of tokens. Raises ValueError if the model does not write them."""
         writes = self.config.writes
         if among.start < writes.start or among.stop > writes.stop:
             raise ValueError(f'tokens {among.start}..{among.stop - 1} are not among those this model writes')
         return slice(among.start - writes.start, among.stop - writes.start)
 
-    @torch.no_grad()
-    def generate(self, prompt, n_new, *, positions=None, n_rollouts=1, among=None, stop=None, noise=None,
-                 use_cache=True, merge=False, **how):
-        """
-        Continue each prompt by n_new tokens, n_rollouts times. The prompt is read once for all its rollouts.
+    def forward(self, tokens, cache=None, positions=None):
+        """Logits (B, S, V) after tokens (B, S), column i for token config.writes[i]. See layers."""
+        return self.lm_head(self.hidden(tokens, cache, positions))
 
-        prompt: (B, S) tokens, S >= 1. Rows of the result: N = B * n_rollouts, those of one prompt side by side.
-        positions: (S,) of the prompt's tokens, see layers; new tokens go on behind the last.
-        among: range of tokens to choose from. stop: token after which a row is done.
-        how: temperature, top_k, top_p, epsilon and bias (N, tokens to choose from), see utils.sample.
-        noise: (N, n_new) uniform in [0, 1), one number decides one token; drawn here when None.
-        use_cache=False reads everything again for each token: the slow reference. merge: rollouts that are alike so
-        far are read once, which is faster than the usual cache for many short rollouts of a prompt on a CPU; or a new
-        Tree to do so, for log_probs.
-        Returns a Rollout.
+    def loss(self, tokens, targets):
+        """Mean cross-entropy, in nats, of the tokens (B, S) that come next after tokens (B, S)."""
+        return LinearCrossEntropy.apply(self.hidden(tokens).flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def log_probs(self, prompt, tokens, among=None):
+        """Log-probabilities (N, T), with gradient, of tokens (N, T) of a range after prompts (N, S); see choice."""
+        return self.log_probs_and_entropies(prompt, tokens, among or self.config.writes)[0]
+
+    def log_probs_and_entropies(self, prompt, tokens, among):
+        """
+        Log-probabilities and entropies (N, T), in nats and with gradient, of tokens (N, T) after prompts (N, S), each
+        chosen among a range: at temperature 1 and of the whole range, whatever they were sampled with.
+        """
+        states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1))[:, prompt.shape[1] - 1:]
+        return choice(self.logits(states, among), tokens - among.start)
+
+    # ---- generation
+
+    @torch.no_grad()
+    def generate(self, prompt, n_new, *, among=None, stop=None, noise=None, positions=None, n_rollouts=1,
+                 use_cache=True, **sampling):
+        """
+        Continue each prompt (B, S), S >= 1, by n_new tokens, n_rollouts times. Returns tokens (N, n_new), where N is
+        B * n_rollouts, those of one prompt side by side.
+
+        among: range of tokens to choose from. stop: token that ends a row, which then only repeats it.
+        noise: (N, n_new) uniform in [0, 1), one number decides one token; drawn here if it is None.
+        positions: (S,) of the prompt; new tokens count on from its last. sampling: temperature, top_k, top_p, epsilon
+        and bias (N, tokens to choose from), see utils.sample. use_cache=False is the slow reference.
         """
         N, among = len(prompt) * n_rollouts, among or self.config.writes
         if noise is None:
             noise = torch.rand(N, n_new, device=prompt.device)
         alive = torch.ones(N, dtype=torch.bool, device=prompt.device)
-        log_probs, mask = [], []
 
         def choose(t, state):
             nonlocal alive
-            token, log_prob = sample(self.logits(state, among), noise[:, t], **how)
-            token = token + among.start                                     # (N,)
-            if stop is not None:
-                token, log_prob = torch.where(alive, token, stop), torch.where(alive, log_prob, 0.)
-            log_probs.append(log_prob)
-            mask.append(alive)
-            if stop is not None:
-                alive = alive & (token != stop)
-            return token, None if stop is None else alive
+            token = among.start + sample(self.logits(state, among), noise[:, t], **sampling)        # (N,)
+            if stop is None:
+                return token, None
+            token = torch.where(alive, token, stop)
+            alive = alive & (token != stop)
+            return token, alive
 
-        tokens = self.unroll(prompt, n_new, choose, positions, n_rollouts, use_cache, merge)
-        missing = (0, n_new - tokens.shape[1])
-        empty = tokens.new_zeros(N, 0)      # where n_new is 0
-        log_probs, mask = (torch.stack(x, dim=1) if x else empty for x in (log_probs, mask))
-        return Rollout(F.pad(tokens, missing, value=stop or 0), F.pad(log_probs.float(), missing),
-                       F.pad(mask.bool(), missing))
+        tokens = self.unroll(prompt, n_new, choose, positions, n_rollouts, use_cache)
+        return F.pad(tokens, (0, n_new - tokens.shape[1]), value=stop or 0)
 
-    def unroll(self, prompt, n_new, choose, positions=None, n_rollouts=1, use_cache=True, merge=False):
+    def unroll(self, prompt, n_new, choose, positions=None, n_rollouts=1, use_cache=True):
         """
-        Continue prompts (B, S) n_rollouts times, side by side, by up to n_new tokens: choose(t, states) is given the
-        states (N, d_model) at the last tokens, and returns the t-th new ones (N,), and which rows are to go on (N,),
-        None: all; it ends when none is. For the rest, see generate. Returns the new tokens (N, T).
+        Continue prompts (B, S) by up to n_new tokens, n_rollouts times. choose(t, states) gets the states (N, d_model)
+        at the last tokens; it returns the next tokens (N,), and which rows go on (N,), None: all. It ends when none
+        does. Prompts are read once for all their rollouts. Returns the new tokens (N, T).
         """
         S, device, cache = prompt.shape[1], prompt.device, None
-        tree = Tree(self) if merge is True else merge
-        positions = go_on(positions, S, n_new, device)                                  # (S + n_new,)
-        if use_cache and not merge:
+        positions = count_on(positions, S, n_new, device)                               # (S + n_new,)
+        if use_cache:
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else self.wte.weight.dtype
             cache = KVCache(self.config, len(prompt), S + n_new - 1, device, dtype)
         sequence = prompt.repeat_interleave(n_rollouts, dim=0)
         for t in range(n_new):
-            if merge:
-                states, which = tree.read(sequence, positions[:S + t])
-                state = states[which]                                                   # (N, d_model)
-            elif t == 0:
+            if t == 0:
                 state = self.hidden(prompt, cache, positions[:S])[:, -1].repeat_interleave(n_rollouts, dim=0)
                 if use_cache and n_rollouts > 1:
                     cache.repeat(n_rollouts)
             elif use_cache:
                 state = self.hidden(sequence[:, -1:], cache, positions[S + t - 1:S + t])[:, -1]
             else:
-                state = self.hidden(sequence, None, positions[:S + t])[:, -1]
+                state = self.hidden(sequence, None, positions[:S + t])[:, -1]           # (N, d_model)
             token, alive = choose(t, state)
             sequence = torch.cat([sequence, token[:, None]], dim=1)
-            if alive is not None and not being_recorded(device) and not alive.any():
+            if alive is not None and not being_recorded() and not alive.any():
                 break
         return sequence[:, S:]
-
-    def log_probs(self, prompt, tokens, among=None, entropy=False, merge=False):
-        """
-        Log-probabilities (N, T), with gradient, of tokens (N, T) chosen among a range after prompt (N, S): at
-        temperature 1 and of the whole range, whatever the tokens were sampled with. entropy: return as well the
-        entropy (N, T), in nats, of each choice. merge: as in generate; or the Tree by which it sampled the tokens with
-        these weights, so that nothing is read twice. Raises ValueError when that has read others.
-        """
-        among = among or self.config.writes
-        read, S = torch.cat([prompt, tokens[:, :-1]], dim=1), prompt.shape[1]
-        if merge:
-            tree, positions = Tree(self) if merge is True else merge, torch.arange(read.shape[1], device=read.device)
-            if tree.steps and not torch.equal(tree.tokens, read[:, :tree.tokens.shape[1]]):
-                raise ValueError('the tree has read other tokens than these')
-            for end in range(S + len(tree.steps), read.shape[1] + 1):
-                tree.read(read[:, :end], positions[:end])
-            steps = tree.steps
-            parts = [self.logits(states, among).float().log_softmax(-1) for states, _ in steps]
-        else:
-            steps, parts = None, [self.logits(self.hidden(read)[:, S - 1:], among).float().log_softmax(-1)]
-
-        def every(values):          # (N, T, ...) from those of distinct rows
-            return torch.stack([x[which] for x, (_, which) in zip(values, steps)], dim=1) if merge else values[0]
-        chosen = every(parts).gather(-1, (tokens - among.start)[..., None])[..., 0]
-        return (chosen, every([-(log_p.exp() * log_p).sum(-1) for log_p in parts])) if entropy else chosen
 
     # ---- weights from and to Hugging Face
 
@@ -689,7 +414,7 @@ class GPT2(nn.Module):
     def from_pretrained(source):
         """
         A GPT2 with the weights of a Hugging Face GPT-2: a local folder, or a hub name such as 'gpt2' or 'gpt2-xl'.
-        Raises ValueError, in one line, when there are no such weights, or the model is not one this file can express.
+        Raises ValueError, in one line, if there are no such weights, or if this file cannot express the model.
         """
         transformers = need('transformers', 'to load pretrained weights')
         try:
@@ -713,7 +438,7 @@ class GPT2(nn.Module):
         """Write config.json and model.safetensors that transformers' GPT2LMHeadModel.from_pretrained loads."""
         transformers = need('transformers', 'to export weights')
         c = self.config
-        if c.reads != c.writes or c.positions != 'learned':
+        if c.reads != c.writes or c.position_encoding != 'learned':
             raise ValueError('only a model with learned positions that writes what it reads can be exported')
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
             vocab_size=c.d_vocab, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.d_model,
@@ -723,9 +448,32 @@ class GPT2(nn.Module):
         theirs.save_pretrained(folder)
 
 
-HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')    # transformers keeps these matrices as (in, out)
+HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')    # transformers keeps these as (in, out)
 HF_FIXED = {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
             'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
+
+
+def choice(logits, chosen):
+    """Log-probabilities and entropies (...), in nats, of choices (...) among logits (..., V)."""
+    log_p = logits.float().log_softmax(-1)
+    log_prob = log_p.gather(-1, chosen[..., None])[..., 0]
+    return log_prob, -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)    # impossible ones add 0
+
+
+def count_on(positions, n_prompt, n_new, device):
+    """Positions (n_prompt + n_new,) of a prompt, from 0 if they are None, and of new tokens behind its last."""
+    if positions is None:
+        return torch.arange(n_prompt + n_new, device=device)
+    return torch.cat([positions, positions[-1] + 1 + torch.arange(n_new, device=device)])
+
+
+# ---- thoughts -----------------------------------------------------------------------------------
+
+class Thoughts(NamedTuple):
+    """What GPT2Thinking.think returns; log_probs and entropies only with grad=True."""
+    tokens: torch.Tensor                        # (N, T); behind a row's end_thought only more of it
+    log_probs: torch.Tensor | None = None       # (N, T), 0 behind a row's end_thought
+    entropies: torch.Tensor | None = None       # (N, T), the same
 
 
 class GPT2Thinking(GPT2):
@@ -740,20 +488,72 @@ class GPT2Thinking(GPT2):
         """Tokens that a thinking policy chooses from: the thoughts, and end_thought unless their number is fixed."""
         return range(self.config.d_normal_vocab, self.config.end_thought + (not fixed))
 
-    def think(self, question, think_len, *, fixed=True, **how):
+    def think(self, question, think_len, *, fixed=True, n_rollouts=1, noise=None, positions=None, grad=False,
+              use_cache=True, **sampling):
         """
-        Roll out thoughts after questions (B, S). fixed: exactly think_len thoughts, none of them end_thought; else up
-        to think_len tokens, where end_thought ends a row. how: as in generate. Returns a Rollout of (N, think_len).
+        Roll out thoughts after questions (B, S), n_rollouts times. fixed: think_len thoughts, none of them end_thought;
+        else up to think_len tokens, and end_thought ends a row. The rest as in generate. Returns Thoughts of N = B *
+        n_rollouts rows; with grad, also log-probabilities and entropies through which gradients pass, computed in the
+        fastest way.
         """
-        return self.generate(question, think_len, among=self.thought_range(fixed),
-                             stop=None if fixed else self.config.end_thought, **how)
+        choices, stop = self.thought_range(fixed), None if fixed else self.config.end_thought
+        if noise is None:
+            noise = torch.rand(len(question) * n_rollouts, think_len, device=question.device)
+        many = question.repeat_interleave(n_rollouts, dim=0)                            # (N, S)
+        repetitive = not question.is_cuda or len(choices) ** (think_len - 1) < n_rollouts
+        if grad and repetitive and not being_recorded():
+            return Thoughts(*think_merged(self, KVCache(), many, choices, noise, stop, **sampling))
+        tokens = self.generate(question, think_len, among=choices, stop=stop, noise=noise, positions=positions,
+                               n_rollouts=n_rollouts, use_cache=use_cache, **sampling)
+        return Thoughts(tokens, *self.thought_log_probs(many, tokens, fixed)) if grad else Thoughts(tokens)
 
     def n_thoughts(self, thoughts):
-        """How many thoughts (N,) stand before the first end_thought in each row of thoughts (N, T)."""
-        return (thoughts != self.config.end_thought).cumprod(1).sum(1)
+        """How many thoughts (...) stand before the first end_thought in each row of thoughts (..., T)."""
+        return (thoughts != self.config.end_thought).cumprod(-1).sum(-1)
+
+    def until_end(self, thoughts, *values):
+        """Values (N, T) of thoughts (N, T), with zeros behind each row's end_thought."""
+        chosen = torch.arange(thoughts.shape[1], device=thoughts.device) <= self.n_thoughts(thoughts)[:, None]
+        return [torch.where(chosen, x, 0.) for x in values]
+
+    def thought_log_probs(self, question, thoughts, fixed=True):
+        """
+        Log-probabilities and entropies (N, T), with gradient, of thoughts (N, T) after questions (N, S); both are 0
+        behind a row's end_thought.
+        """
+        return self.until_end(thoughts, *self.log_probs_and_entropies(question, thoughts, self.thought_range(fixed)))
+
+    def answer(self, thoughts, question=None):
+        """
+        Logits (N, d_normal_vocab) of the answer, read at the end_thought that closes each row: the first one in
+        thoughts (N, T), T >= 0, or one behind them. question: (N, S), read before the thoughts; None: blind.
+        """
+        position = self.n_thoughts(thoughts)                                                # (N,)
+        sequence = F.pad(thoughts, (0, 1), value=self.config.end_thought)                   # (N, T + 1)
+        if question is not None:
+            sequence, position = torch.cat([question, sequence], dim=1), position + question.shape[1]
+        states = self.hidden(sequence)[torch.arange(len(sequence), device=sequence.device), position]
+        return self.logits(states, range(self.config.d_normal_vocab))
+
+    def think_and_answer(self, question, thoughts, fixed=True, positions=None):
+        """
+        Read questions (N, S) and thoughts (N, T) behind them, T >= 0, in one pass. Returns log-probabilities and
+        entropies (N, T) of the thoughts, 0 behind a row's end_thought, and logits (N, d_normal_vocab) of the answer,
+        which is written in place of a next thought: at the last thought or, without any, at the end of the question.
+        positions: (S,) of the question, see generate.
+        """
+        (N, S), T, choices = question.shape, thoughts.shape[1], self.thought_range(fixed)
+        positions = count_on(positions, S, T, question.device)
+        states = self.hidden(torch.cat([question, thoughts], dim=1), None, positions)
+        log_probs, entropies = choice(self.logits(states[:, S - 1:S - 1 + T], choices), thoughts - choices.start)
+        last = states[torch.arange(N, device=question.device), S - 1 + self.n_thoughts(thoughts)]   # (N, d_model)
+        logits = self.logits(last, range(self.config.d_normal_vocab))
+        return *self.until_end(thoughts, log_probs, entropies), logits
+
+    # ---- thoughts as numbers
 
     def number(self, thoughts, fixed=True):
-        """Thoughts (..., T) as numbers (...): in base L, or in base L + 1 where end_thought is one of the digits."""
+        """Thoughts (..., T) as numbers (...): in base L, or in base L + 1 if end_thought is one of the digits."""
         choices = self.thought_range(fixed)
         place_value = len(choices) ** torch.arange(thoughts.shape[-1] - 1, -1, -1, device=thoughts.device)
         return ((thoughts - choices.start) * place_value).sum(-1)
@@ -765,143 +565,87 @@ class GPT2Thinking(GPT2):
         behind = torch.arange(think_len, device=numbers.device) > self.n_thoughts(thoughts)[:, None]
         return thoughts.masked_fill(behind, self.config.end_thought)
 
-    def thought_log_probs(self, question, thoughts, fixed=True, entropy=False, merge=False):
-        """
-        Log-probabilities (N, T), with gradient, of thoughts (N, T) after questions (N, S), and if asked for the
-        entropies (N, T); both are 0 behind a row's end_thought. merge: see log_probs.
-        """
-        both = self.log_probs(question, thoughts, self.thought_range(fixed), entropy=True, merge=merge)
-        chosen = torch.arange(thoughts.shape[1], device=thoughts.device) <= self.n_thoughts(thoughts)[:, None]  # (N, T)
-        log_probs, entropies = (torch.where(chosen, x, 0.) for x in both)
-        return (log_probs, entropies) if entropy else log_probs
+    # ---- thoughts inside a text
 
-    def answer(self, thoughts, question=None):
+    def allowed(self, n_thoughts, think_len, fixed=True):
         """
-        Logits (N, d_normal_vocab) of the answer, read at the end_thought that closes each row: at the first one in
-        thoughts (N, T), T >= 0, or behind them. question: (N, S), what the policy sees before them; None: blind.
+        Which tokens may come next in a text with thoughts, (..., d_vocab_total) of bool, where n_thoughts (...) stand
+        behind the last normal token. fixed: think_len thoughts before every normal token; else at most as many.
         """
-        end, position = self.config.end_thought, self.n_thoughts(thoughts)              # (N,)
-        sequence = F.pad(thoughts, (0, 1), value=end)                       # (N, T + 1)
-        if question is not None:
-            sequence, position = torch.cat([question, sequence], dim=1), position + question.shape[1]
-        states = self.hidden(sequence)[torch.arange(len(sequence), device=sequence.device), position]
-        return self.logits(states, range(self.config.d_normal_vocab))
-
-    def think_and_answer(self, question, thoughts, fixed=True, close=True, positions=None):
-        """
-        One pass over questions (N, S) and thoughts (N, T) behind them, T >= 0. Returns log-probabilities (N, T) and
-        entropies (N, T) of the thoughts, 0 behind a row's end_thought, and logits (N, d_normal_vocab) of the answer:
-        read at the end_thought that closes the thoughts, or with close=False where it would be written, at the last
-        thought or, without thoughts, at the question's last token. positions: (S,) of the question, see generate.
-        """
-        (N, S), T, choices = question.shape, thoughts.shape[1], self.thought_range(fixed)
-        sequence = torch.cat([question, thoughts, thoughts.new_full((N, close), self.config.end_thought)], dim=1)
-        states = self.hidden(sequence, None, go_on(positions, S, T + close, sequence.device))
-        log_p = self.logits(states[:, S - 1:S - 1 + T], choices).float().log_softmax(-1)
-        length = self.n_thoughts(thoughts)                                                          # (N,)
-        chosen = torch.arange(T, device=sequence.device) <= length[:, None]                         # (N, T)
-        log_probs = log_p.gather(-1, (thoughts - choices.start)[..., None])[..., 0]
-        entropies = -(log_p.exp() * log_p).sum(-1)
-        read = states[torch.arange(N, device=sequence.device), S - 1 + length + close]              # (N, d_model)
-        logits = self.logits(read, range(self.config.d_normal_vocab))
-        return torch.where(chosen, log_probs, 0.), torch.where(chosen, entropies, 0.), logits
-
-    def allowed(self, n_thoughts, closed, think_len, fixed=True, close=False):
-        """
-        What may come next in text with thoughts inside, (..., d_vocab_total) of bool: n_thoughts (...) stand behind the
-        last normal token, at most think_len, and closed (...) says whether end_thought closes them. fixed: think_len
-        thoughts before every normal token; or as many as the policy likes. close: end_thought must close thoughts.
-        """
-        full, begun = n_thoughts >= think_len, n_thoughts > 0
-        if close:
-            normal = closed | ~begun & (not fixed or not think_len)
-            end = begun & ~closed & (full | (not fixed))
-        else:
-            normal, end = full | (not fixed), full & False
-        token, config = torch.arange(self.config.d_vocab, device=full.device), self.config
-        thought = torch.where(token < config.end_thought, (~full & ~closed)[..., None], end[..., None])
-        return torch.where(token < config.d_normal_vocab, normal[..., None], thought)       # (..., d_vocab_total)
+        full = (n_thoughts >= think_len)[..., None]
+        token = torch.arange(self.config.d_vocab, device=full.device)
+        return torch.where(token < self.config.d_normal_vocab, full | (not fixed),
+                           ~full & (token < self.config.end_thought))
 
     @torch.no_grad()
-    def write(self, prompt, n_new, think_len, *, fixed=True, close=False, n_rollouts=1, noise=None, text=None,
-              thoughts=None, use_cache=True, **how):
+    def write(self, prompt, n_new, think_len, *, fixed=True, n_rollouts=1, noise=None, text=None, thoughts=None,
+              use_cache=True, **sampling):
         """
-        Continue prompts (B, S) until n_new normal tokens are written, with thoughts between them, see allowed; rows
-        that are done before others are filled up with end_thought.
+        Continue prompts (B, S) until n_new normal tokens are written, with thoughts between them, see allowed. Returns
+        tokens (N, T); rows that are done before others are filled up with end_thought.
 
-        noise: (N, n_new (think_len + 1 + close)), as in generate, as are n_rollouts, use_cache and how. text: (N,
-        n_new), normal tokens to write in place of sampled ones. thoughts: shaped as noise, the same for thoughts.
-        Returns tokens (N, T) and mask (N, T) of what was written.
+        noise: (N, n_new (think_len + 1)), as in generate, as are n_rollouts, use_cache and sampling. text: (N, n_new),
+        normal tokens to write instead of sampled ones. thoughts: shaped like noise, the same for thoughts.
         """
-        S, N, config = prompt.shape[1], len(prompt) * n_rollouts, self.config
-        longest = n_new * (think_len + 1 + close * (think_len > 0))
+        S, N, config, longest = prompt.shape[1], len(prompt) * n_rollouts, self.config, n_new * (think_len + 1)
         if S + longest - 1 > config.block_size:
             raise ValueError(f'{S} tokens and up to {longest} new ones are more than block_size={config.block_size}')
         if text is not None and not think_len:
-            return text, torch.ones_like(text, dtype=torch.bool)
+            return text
         if noise is None:
             noise = torch.rand(N, longest, device=prompt.device)
         n_thoughts, n_normal = torch.zeros(2, N, dtype=torch.long, device=prompt.device)
-        closed = torch.zeros(N, dtype=torch.bool, device=prompt.device)
-        mask = []
 
         def choose(t, state):
-            nonlocal n_thoughts, n_normal, closed
-            may = self.allowed(n_thoughts, closed, think_len, fixed, close)
+            nonlocal n_thoughts, n_normal
+            may = self.allowed(n_thoughts, think_len, fixed)
             bias = torch.zeros_like(may, dtype=torch.float).masked_fill(~may, -torch.inf)
-            mask.append(n_normal < n_new)
-            token = sample(self.logits(state, config.writes), noise[:, t], bias=bias, **how)[0]
-            normal = token < config.d_normal_vocab
+            token = sample(self.logits(state, config.writes), noise[:, t], bias=bias, **sampling)
+            normal, going = token < config.d_normal_vocab, n_normal < n_new
             if text is not None:
                 token = torch.where(normal, text.gather(1, n_normal.clamp(max=n_new - 1)[:, None])[:, 0], token)
             if thoughts is not None:
-                token = torch.where(normal | (token == config.end_thought), token, thoughts[:, t])
-            token = torch.where(mask[-1], token, config.end_thought)
-            normal = normal & mask[-1]
-            closed = token == config.end_thought
-            n_thoughts = torch.where(normal, 0, n_thoughts + ~closed)
-            n_normal = n_normal + normal
-            return token, None if fixed or not think_len else n_normal < n_new
+                token = torch.where(normal, token, thoughts[:, t])
+            n_thoughts = torch.where(normal, 0, n_thoughts + 1)
+            n_normal = n_normal + (normal & going)
+            return torch.where(going, token, config.end_thought), None if fixed or not think_len else n_normal < n_new
 
-        return self.unroll(prompt, longest, choose, None, n_rollouts, use_cache), torch.stack(mask, dim=1)
+        return self.unroll(prompt, longest, choose, None, n_rollouts, use_cache)
 
-    def written_log_probs(self, prompt, tokens, think_len, fixed=True, close=False):
+    def written_log_probs(self, prompt, tokens, think_len, fixed=True):
         """
         Log-probabilities and entropies (N, T), with gradient, of tokens (N, T) that write continued prompts (N, S) by:
-        among what was allowed at each place, at temperature 1.
+        among what was allowed at each place, at temperature 1; 0 where a row is filled up.
         """
-        place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-        ends = tokens == self.config.end_thought
-        last = (place * (tokens < self.config.d_normal_vocab)).cummax(1).values             # normal token before, or 0
-        ended = (place * ends).cummax(1).values > last
-        n_thoughts = F.pad((place - last - ended.long())[:, :-1], (1, 0))
-        may = self.allowed(n_thoughts, F.pad(ends[:, :-1], (1, 0)), think_len, fixed, close)
+        place, normal = torch.arange(1, tokens.shape[1] + 1, device=tokens.device), tokens < self.config.d_normal_vocab
+        since = place - (place * normal).cummax(1).values                   # (N, T) thoughts behind the last normal one
+        may = self.allowed(F.pad(since[:, :-1], (1, 0)), think_len, fixed)
         states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1))[:, prompt.shape[1] - 1:]
         logits = self.logits(states, self.config.writes).float().masked_fill(~may, -torch.inf)
-        log_p = logits.log_softmax(-1)
-        entropy = -(log_p.exp() * log_p.masked_fill(~may, 0.)).sum(-1)
-        return log_p.gather(-1, tokens[..., None])[..., 0], entropy
+        written = tokens != self.config.end_thought
+        return [torch.where(written, x, 0.) for x in choice(logits, tokens)]
 
-    def think_everywhere(self, tokens, noise, *, thought='token', readers='own', fixed=True, at_once=1, given=None,
-                         **how):
+    # ---- thoughts at every position of a text at once
+
+    def think_everywhere(self, tokens, noise, *, thought_kind='token', readers='own', fixed=True, at_once=1,
+                         given=None, **sampling):
         """
-        Thoughts at every position of text at once: one pass over S positions for each of T thoughts, or for those that
-        are written at once. The thoughts of a position follow on its token, as if the text behind it were not there; it
-        sees the text up to itself and its own thoughts (a diagonal of the mask for each, as in Quiet-STaR, Zelikman et
-        al. 2024).
+        Think at every position of text at once: one pass over S positions for each of T thoughts. The thoughts of a
+        position follow on its token as if the text behind it were not there; it sees the text up to itself and its own
+        thoughts (a diagonal of the mask for each, as in Quiet-STaR, Zelikman et al. 2024).
 
         tokens: (B, S), S + T at most block_size. noise: (N, S, T), see utils.sample; N / B rollouts of each row.
-        thought: 'token' | 'straight_through', tokens whose gradient is that of their probabilities | 'continuous', the
-        last state itself is read again (Hao et al. 2024), marked as a thought, and there are no tokens.
-        readers: 'own' | 'later': whether positions see the thoughts of those before them, up to the same one, too.
+        thought_kind: 'token' | 'straight_through', tokens whose gradient is that of their probabilities | 'continuous',
+        the last state itself is read again (Hao et al. 2024), marked as a thought, and there are no tokens.
+        readers: 'own' | 'later': whether later positions see the thoughts of earlier ones, up to the same thought.
         fixed: always T thoughts; or end_thought ends those of a position, see think.
-        at_once: thoughts that are written from one state and read in one pass, the sum of their embeddings; each has an
-        equal part of the thought tokens to choose from (as the categoricals of Hafner et al. 2021). They divide T.
-        given: (N, S, T) thoughts to read in place of sampled ones. how: see utils.sample.
-        Returns, all with gradient: thoughts (N, S, T), their log-probabilities and entropies (N, S, T), which are 0
-        behind end_thought, states (B, S, d_model) without thoughts, and states (N, S, d_model) at the last thought, to
-        predict the next token by. With config.gate the latter are what the former are, and a learned share of what is
-        seen at the last thought.
+        at_once: thoughts that are written from one state and read in one pass, as the sum of their embeddings; each has
+        an equal part of the thought tokens to choose from (the categoricals of Hafner et al. 2021). Divides T.
+        given: (N, S, T) thoughts to read instead of sampled ones. sampling: see utils.sample.
+
+        Returns, all with gradient: thoughts (N, S, T); their log-probabilities and entropies (N, S, T), 0 behind
+        end_thought; states (B, S, d_model) without thoughts; states (N, S, d_model) at the last thought, to predict the
+        next token by. With config.gate, these are the states without thoughts plus a learned share of the others.
         """
         (B, S), (N, _, T), choices = tokens.shape, noise.shape, self.thought_range(fixed)
         if S + T > self.config.block_size:
@@ -910,9 +654,9 @@ class GPT2Thinking(GPT2):
             raise ValueError(f'at_once={at_once} does not divide {T} thoughts and {len(choices)} tokens for them')
         size = len(choices) // at_once
         first = choices.start + size * torch.arange(at_once, device=tokens.device)      # of each part of the tokens
-        seen = torch.ones(S, S, dtype=torch.bool, device=tokens.device).tril()          # of the text
-        new = seen if readers == 'later' else seen & seen.T                             # of each thought
-        cache = GrowingCache()
+        visible = causal(S, S, tokens.device)                                           # the text
+        new = visible if readers == 'later' else visible & visible.T                    # each thought
+        cache = KVCache()
         plain = self.hidden(tokens, cache)                                              # (B, S, d_model)
         cache.repeat(N // B)
         state = last = plain.repeat_interleave(N // B, dim=0)                           # (N, S, d_model)
@@ -920,28 +664,25 @@ class GPT2Thinking(GPT2):
         written = []
         for step in range(T // at_once):
             part = slice(step * at_once, (step + 1) * at_once)
-            logits = self.logits(state, choices).float().unflatten(-1, (at_once, size))
-            log_p = logits.log_softmax(-1)                                              # (N, S, at_once, size)
+            logits = self.logits(state, choices).float().unflatten(-1, (at_once, size))     # (N, S, at_once, size)
             if given is None:
                 with torch.no_grad():
-                    index = sample(logits.flatten(0, 2), noise[..., part].flatten(), **how)[0].view(N, S, at_once)
+                    index = sample(logits.flatten(0, 2), noise[..., part].flatten(), **sampling).view(N, S, at_once)
             else:
                 index = (given[..., part] - choices.start) % size
-            token = torch.where(alive, first + index, self.config.end_thought)
-            log_prob = log_p.gather(-1, index[..., None])[..., 0]                       # (N, S, at_once)
-            entropy = -(log_p.exp() * log_p).sum(-1)
-            written.append((token, torch.where(alive, log_prob, 0.), torch.where(alive, entropy, 0.)))
-            if thought == 'continuous':
-                x = state + self.embed(first[:1])       # of the first thought token, so that it is not taken for text
+            token = torch.where(alive, first + index, self.config.end_thought)              # (N, S, at_once)
+            written.append((token, *(torch.where(alive, x, 0.) for x in choice(logits, index))))
+            if thought_kind == 'continuous':
+                x = state + self.embed(first[:1])       # plus the first thought token, so as not to look like text
             else:
                 x = self.embed(token).sum(2) * at_once ** -.5
-            if thought == 'straight_through':
+            if thought_kind == 'straight_through':
                 rows = self.wte.weight[choices.start - self.config.reads.start:choices.stop]
-                soft = log_p.exp().flatten(2) @ rows * at_once ** -.5
+                soft = logits.softmax(-1).flatten(2) @ rows * at_once ** -.5
                 x = x.detach() + soft - soft.detach()
-            seen = torch.cat([seen, new], dim=1)                                        # (S, (step + 2) S)
+            visible = torch.cat([visible, new], dim=1)                                      # (S, (step + 2) S)
             position = torch.arange(S, device=tokens.device) + step + 1
-            state = self.layers(x, cache, position, seen)
+            state = self.layers(x, cache, position, visible)
             alive = alive & (token != self.config.end_thought).all(-1, keepdim=True)
             last = torch.where(alive, state, last)
         if self.config.gate is not None and T:
@@ -953,9 +694,9 @@ class GPT2Thinking(GPT2):
     def from_normal(model, d_thought_vocab, spread=1., **more):
         """
         Grow a normal GPT2 by d_thought_vocab thoughts and end_thought. Old rows of embedding and unembedding are
-        copied, so logits of normal tokens stay what they were; new rows are drawn around the mean of the old ones, with
-        their standard deviation times spread, which decides how certain thoughts are at first. more: fields of
-        ThinkingModelConfig, such as gate, or a larger block_size, for which there are more embeddings of positions.
+        copied, so the logits of normal tokens stay what they were. New rows are drawn around the mean of the old ones,
+        with their standard deviation times spread, which decides how certain thoughts are at first. more: fields of
+        ThinkingModelConfig, such as gate, or a larger block_size, for which embeddings of positions are added.
         """
         shape = {name: value for name, value in asdict(model.config).items() if name != 'd_vocab'}
         shape |= {'d_normal_vocab': model.config.d_vocab, 'd_thought_vocab': d_thought_vocab, **more}
@@ -976,7 +717,7 @@ class GPT2Thinking(GPT2):
         return grown
 
 
-# ---- models in checkpoints ------------------------------------------------------------------------------------------
+# ---- models in checkpoints ----------------------------------------------------------------------
 
 MODELS = {'ModelConfig': (ModelConfig, GPT2), 'ThinkingModelConfig': (ThinkingModelConfig, GPT2Thinking)}
 
@@ -987,7 +728,7 @@ def pack(model):
 
 
 def unpack(packed):
-    """The model that pack took apart. Raises ValueError when something in it does not fit."""
+    """The model that pack took apart. Raises ValueError if something in it does not fit."""
     try:
         Config, Model = MODELS[packed['kind']]
         model = Model(Config(**packed['config']))
@@ -998,7 +739,7 @@ def unpack(packed):
 
 
 def find_model(checkpoint, name='model'):
-    """The model called name in a checkpoint. Raises ValueError when there is none."""
+    """The model called name in a checkpoint. Raises ValueError if there is none."""
     if name not in checkpoint['models']:
         raise ValueError(f'the checkpoint has no model called {name}, but {", ".join(checkpoint["models"])}')
     return unpack(checkpoint['models'][name])
@@ -1006,9 +747,9 @@ def find_model(checkpoint, name='model'):
 
 def make_model(config, checkpoint=None, name='model', spread=1.):
     """
-    A new model of this shape, or with a checkpoint the model called name in it; a normal one is grown where the shape
-    is that of a thinking one, by thoughts as from_normal makes them with spread. Raises ValueError when the checkpoint
-    has no such model, or one of another shape.
+    A new model of this shape or, given a checkpoint, the model called name in it. If the shape is that of a thinking
+    model and the checkpoint has a normal one, it is grown, see from_normal. Raises ValueError if the checkpoint has no
+    such model, or one of another shape.
     """
     if checkpoint is None:
         return MODELS[type(config).__name__][1](config)
@@ -1018,7 +759,15 @@ def make_model(config, checkpoint=None, name='model', spread=1.):
                                          block_size=max(config.block_size, model.config.block_size))
     model.config.dropout = config.dropout       # no part of a model's shape
     for field, value in asdict(config).items():
-        if getattr(model.config, field, None) != value:
-            theirs = getattr(model.config, field, None)
+        theirs = getattr(model.config, field, None)
+        if theirs != value:
             raise ValueError(f'the model in the checkpoint has {field}={theirs}, not {value}')
     return model
+
+
+def lagged_copy(model, checkpoint=None):
+    """A copy of a model that does not learn by itself; with a checkpoint that has one called lagged, that one."""
+    lagged = copy.deepcopy(model).requires_grad_(False)
+    if checkpoint and 'lagged' in checkpoint['models']:
+        lagged.load_state_dict(find_model(checkpoint, 'lagged').state_dict())
+    return lagged
