@@ -8,13 +8,14 @@ Addition answered at once: the baseline without thoughts.
     python add_normal.py --init_from=resume                         # go on after an interruption
     torchrun --standalone --nproc_per_node=2 add_normal.py          # the same update, by two processes
 
-With encoding 'int' a question is two tokens and its answer one, as in add_think_blind.py: this is its control, with the
-shape of one of its policies and the same steps. With 'digits' it is text of the characters 0-9, + and =, numbers padded
-with zeros to equal length, and the sum is not reduced; an answer is right if all its digits are, generated one by one.
+With encoding 'int' a question is two tokens and its answer one, as in add_think_blind.py: this is its
+control, with the shape of one of its policies and the same steps. With 'digits' it is text of the characters
+0-9, + and =, numbers padded with zeros to equal length, and the sum is not reduced; an answer is right if all
+its digits are, generated one by one.
 """
 import torch
 
-from model import ModelConfig, make_model, pack
+from model import ModelConfig, make_model
 from utils import (Run, World, addition_questions, digits, fail, make_optimizer, paint, read_knobs, schedule,
                    user_errors)
 
@@ -77,22 +78,15 @@ def decode(tokens):
 
 question_len, answer_len = (tokens.shape[1] for tokens in encode(train_set[:1]))
 
-# ---- model ----
+# ---- model, optimiser, run ----
 
 with user_errors():
     config = ModelConfig(d_vocab=input_max if encoding == 'int' else len(CHARACTERS), n_layer=n_layer, n_head=n_head,
                          d_model=d_model, block_size=question_len + answer_len, init='unit', tie_weights=False)
     model = make_model(config, knobs.checkpoint).to(world.device)
 
-# ---- optimiser and run ----
-
 optimizer = make_optimizer(model, learning_rate, weight_decay)
 run = Run(knobs, world, [optimizer])
-
-
-def save(step, file='ckpt.pt'):
-    run.save(step, {'model': pack(model)}, file)
-
 
 # ---- evaluation ----
 
@@ -110,9 +104,7 @@ def evaluate(step):
     question, answer = encode(test[:3])
     for q, a, guess in zip(question, answer, model.generate(question, answer_len, temperature=0)):
         run.sample(paint(decode(torch.cat([q, guess])), 'blue'), right=(guess == a).all())
-    if result['heldout_accuracy'] > run.best:
-        run.best = result['heldout_accuracy']
-        save(step, 'best.pt')
+    run.save_best(step, result['heldout_accuracy'], {'model': model})
     return result
 
 
@@ -121,7 +113,7 @@ def evaluate(step):
 n_steps = run.first_step
 for step in run.steps(run.first_step if eval_only else max_steps):
     if step % eval_every == 0:
-        save(step)
+        run.save(step, {'model': model})
         evaluate(step)
     schedule(optimizer, learning_rate, step, max_steps)
 
@@ -129,7 +121,7 @@ for step in run.steps(run.first_step if eval_only else max_steps):
     rows = torch.randint(len(train_set), (batch_size,), generator=world.generator, device=world.device)
     question, answer = encode(train_set[world.share(rows)])                         # (B, S), (B, A)
     with world.autocast:
-        loss = -model.log_probs(question, answer).sum(1).mean()
+        loss = -model.log_probs(question, answer)[0].sum(1).mean()
     loss.backward()
     world.mean_gradients(model.parameters())
     optimizer.step()
@@ -141,6 +133,6 @@ for step in run.steps(run.first_step if eval_only else max_steps):
 
 # ---- the last line ----
 
-save(n_steps)
+run.save(n_steps, {'model': model})
 result = evaluate(n_steps)
 run.finish(steps=n_steps, **result)

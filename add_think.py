@@ -3,32 +3,31 @@ Thoughts between question and answer, on problems that need them: work that is d
 
     a start, k operations, =   ->   T thoughts   ->   answer
 
-One model reads the question, writes thoughts and answers; the answer sees both. Nobody tells it what a thought means or
-shows it a step in between: it is paid log p(answer | question, thoughts).
+One model reads the question, writes thoughts and answers, seeing both. Nobody tells it what a thought means
+or shows it a step in between: it is paid log p(answer | question, thoughts).
 
-    python add_think.py                                          # ((7 + 3) x 5 + 9) ... % 11, six operations
-    python add_think.py --thoughts=none                          # the control: answers at once
-    python add_think.py --task=perm --input_max=10               # permutations of ten things
-    python add_think.py --fixed=False                            # as many thoughts as are worth their cost
-    python add_think.py --init_from=out/add_think/thoughts=none/ckpt.pt         # a normal model, grown
-    torchrun --standalone --nproc_per_node=2 add_think.py        # the same update, by two processes
+    python add_think.py                                         # ((7 + 3) x 5 + 9) ... % 11, six operations
+    python add_think.py --thoughts=none                         # the control: answers at once
+    python add_think.py --fixed=False                           # as many thoughts as are worth their cost
+    python add_think.py --init_from=out/add_think/thoughts=none/ckpt.pt     # a normal model, grown
+    torchrun --standalone --nproc_per_node=2 add_think.py       # the same update, by two processes
 
-Each step: questions of one depth, that is, number of operations; G rollouts of thoughts for each; cross-entropy on
-answers, and the policy gradient on thoughts with the mean of the group as baseline (Dr. GRPO, Liu et al. 2025), without
-clipping, KL term or importance weights, as each rollout is used once. Questions get deeper by one operation when enough
-answers are right: what was an answer at one depth is worth thinking at the next.
+Each step: questions of one depth, that is, number of operations; G rollouts of thoughts for each;
+cross-entropy on answers, and the policy gradient on thoughts with the mean of the group as baseline (Dr.
+GRPO, Liu et al. 2025). There is no clipping, KL term or importance weight, as each rollout is used once.
+Questions get deeper by one operation when enough answers are right: what was an answer at one depth is worth
+thinking at the next.
 
-The answer is read where another thought would be written, so the same weights work out a state to answer or to think
-it. Thought t has the position of operation t, and attention sees distances, so every step looks like every other
-(position coupling, Cho et al. 2024). Codes that are written more often than answers come up cost something, or two
-states would share one for good.
+The answer is read where another thought would be written: the same weights work out a state to answer or to
+think it. Thought t has the position of operation t, so every step looks like every other (position coupling,
+Cho et al. 2024).
 """
 import torch
 import torch.nn.functional as F
 
-from model import ModelConfig, ThinkingModelConfig, lagged_copy, make_model, pack
+from model import ModelConfig, ThinkingModelConfig, lagged_copy, make_model
 from utils import (Run, SerialTask, World, ablations, advantages, concentration, fail, heat_map, make_optimizer,
-                   picture, read_knobs, save_picture, schedule, user_errors)
+                   picture, read_knobs, schedule, user_errors)
 
 # ---- knobs ----
 
@@ -61,7 +60,7 @@ baseline = 'group'            # 'group' | 'batch' | 'no_think': their mean, or l
 advantage = 'dr_grpo'         # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best' | 'batch_std' | 'quantile' |
                               # 'quantile_batch' | 'softmax_quantile' | 'softmax_centred': with baseline group
 tau = 1.                      # temperature of the three softmax
-code_price = 3.               # price of a code, nats per log of how much too often it is written
+code_price = 3.               # nats per log of how much too often a code is written, or two states would share one
 epsilon = 0.                  # share of thoughts that are random; falls to zero over the first half
 entropy_weight = .05          # of a bonus for the entropy of thoughts when a depth is new; a fifth of it stays
 eval_every = 500              # steps between evaluations, each with a checkpoint and samples
@@ -128,7 +127,7 @@ def places(question):
     return position
 
 
-# ---- model ----
+# ---- model, optimiser, run ----
 
 n_tokens = len(questions.names)
 thought_tokens = range(n_tokens, n_tokens + d_thought_vocab)
@@ -142,8 +141,6 @@ model = models['model']
 if baseline == 'no_think':
     models['lagged'] = lagged_copy(model, knobs.checkpoint)
 
-# ---- optimiser and run ----
-
 optimizer = make_optimizer(model, learning_rate, weight_decay)
 run = Run(knobs, world, [optimizer])
 state = run.restore({
@@ -154,40 +151,27 @@ state = run.restore({
 if knobs.checkpoint and knobs.checkpoint['script'] == knobs.script:     # what it has learned stays learned
     state['depth'] = knobs.checkpoint['depth'].clamp(max=k)
 
-
-def save(step, file='ckpt.pt'):
-    run.save(step, {name: pack(each) for name, each in models.items()}, file, **state)
-
-
-# ---- thinking and answering ----
+# ---- thinking, answering, and what thoughts are paid ----
 
 def think(question, states, noise, **sampling):
     """Thoughts (N, T) after questions (B, S) with states (B, depth), by noise (N, T); N / B rollouts of each."""
-    N, T = noise.shape
+    if thoughts == 'own' and noise.shape[1]:
+        return model.think(question, noise.shape[1], fixed=fixed, positions=places(question),
+                           n_rollouts=len(noise) // len(question), noise=noise, **sampling).tokens
     if thoughts == 'chain':
         return thought_tokens.start + states[:, :-1]
-    if thoughts == 'filler':
-        return torch.full((N, T), thought_tokens.start, device=noise.device)
-    if thoughts == 'random' or T == 0:
-        return thought_tokens.start + (noise * d_thought_vocab).long()
-    return model.think(question, T, fixed=fixed, positions=places(question), n_rollouts=N // len(question),
-                       noise=noise, **sampling).tokens
+    return thought_tokens.start + (noise * d_thought_vocab * (thoughts == 'random')).long()
 
 
 def respond(question, thought, by=model):
-    """
-    Log-probabilities and entropies (N, T) of thoughts (N, T) after questions (N, S), and the log-probabilities
-    (N, n_states) of answers after both; all with gradient.
-    """
+    """Log-probabilities and entropies (N, T) of thoughts after questions (N, S), log-probabilities of answers (N, M)."""
     if thoughts == 'none':
-        log_pi = entropy = torch.zeros(len(question), 0, device=question.device)
         logits = by(question, None, places(question))[:, -1]
+        log_pi = entropy = logits[:, :0]
     else:
         log_pi, entropy, logits = by.think_and_answer(question, thought, fixed, places(question))
     return log_pi, entropy, logits[:, :n_states].float().log_softmax(-1)
 
-
-# ---- the idea: what thoughts are paid ----
 
 def losses(question, states, step):
     """The loss for questions (B, S) with states (B, depth), whether whole rollouts are right, and what to log."""
@@ -196,7 +180,7 @@ def losses(question, states, step):
     n_cut = 0 if fixed else G // 2
     noise = world.draw(torch.rand, batch_size, G - n_cut, T).flatten(0, 1)
     thought = think(question, states, noise, epsilon=epsilon * max(0, 1 - 2 * step / max_steps))
-    if not fixed:
+    if n_cut:
         thought = add_copies(thought.view(B, -1, T), world.draw(torch.rand, batch_size, G)[:, :n_cut])
     question, answer = question.repeat_interleave(G, dim=0), states[:, -1].repeat_interleave(G)
     log_pi, entropy, log_q = respond(question, thought)                             # (B G, T), (B G, n_states)
@@ -217,20 +201,20 @@ def losses(question, states, step):
 
 def pay(question, thought, answer, rewards):
     """
-    Weights (B, G) of rollouts with thoughts (B G, T) after questions (B, S), and what to log. They are paid rewards
-    (B, G), here log p(answer), less what their thoughts cost, and compared with a baseline.
+    Weights (B, G) of rollouts with thoughts (B G, T), and what to log: they are paid rewards (B, G), log
+    p(answer), less what their thoughts cost, compared with a baseline.
     """
     if not fixed:
         rewards = rewards - think_cost * model.n_thoughts(thought).view(rewards.shape)
     rewards = rewards - code_price * overuse(thought).view(rewards.shape)
     everyone = world.gather(rewards)
-    base = everyone.mean()
+    base = everyone.mean() if baseline == 'batch' else 0.
     if baseline == 'no_think':
         with torch.no_grad():
             base = respond(question, question[:, :0], models['lagged'])[2].gather(1, answer[:, None])
     weights = advantages(rewards, advantage if baseline == 'group' else 'reinforce', tau, base, everyone)
     return weights, {'reward': rewards.mean(), 'reward_std_in_group': rewards.std(1, correction=0).mean(),
-                     'distinct_thoughts': len(thought.unique()), 'thoughts': mean_length(thought)}
+                     'distinct_thoughts': len(thought.unique()), 'thoughts': model.n_thoughts(thought).float().mean()}
 
 
 def overuse(thought):
@@ -244,8 +228,8 @@ def overuse(thought):
 
 def add_copies(thought, at):
     """
-    Whole rollouts (B, n, T) and before them copies of some, cut short at a share `at` (B, n_cut) of their length, to
-    see what fewer thoughts would have done. Returns (B (n_cut + n), T).
+    Rollouts (B, n, T), and before them copies of some, cut short at a share `at` (B, n_cut) of their length,
+    to see what fewer thoughts would have done: (B (n_cut + n), T).
     """
     copies = thought[:, -at.shape[1]:]
     end = (at * (model.n_thoughts(copies) + 1)).long()                              # (B, n_cut)
@@ -258,10 +242,7 @@ def add_copies(thought, at):
 
 @torch.no_grad()
 def test(depth, heldout=True, thought=None):
-    """
-    Answers (n,) to the same n questions of a depth each time, with greedy thoughts or given ones (n, T). Returns the
-    share that is right, answers, thoughts, questions (n, S) and their states (n, depth).
-    """
+    """Share of right answers, answers (n,), thoughts (greedy, or given ones), questions (n, S), states (n, depth)."""
     generator = torch.Generator(world.device).manual_seed(seed + 1)
     question, states = draw(eval_questions, depth, generator, heldout)
     if thought is None:
@@ -271,29 +252,17 @@ def test(depth, heldout=True, thought=None):
     return (answers == states[:, -1]).float().mean().item(), answers, thought, question, states
 
 
-def mean_length(thought):
-    return thought.shape[1] if fixed else model.n_thoughts(thought).float().mean().item()
-
-
 def evaluate(step):
     """Report on questions of depth k, show a few, keep the best checkpoint. Returns the numbers."""
     heldout_accuracy, answers, thought, question, states = test(k)
-    result = {'depth': state['depth'].item(), 'thoughts': mean_length(thought), 'codes': len(thought.unique()),
-              'accuracy': test(k, heldout=False)[0], 'heldout_accuracy': heldout_accuracy}
+    result = {'depth': state['depth'].item()}
+    if n_thoughts(k):
+        result |= {'thoughts': model.n_thoughts(thought).float().mean().item(), 'codes': len(thought.unique())}
+    result |= {'accuracy': test(k, heldout=False)[0], 'heldout_accuracy': heldout_accuracy}
     run.report(step, **result)
     run.show(config, question, thought, answers, states[:, -1], questions.names)
-    if heldout_accuracy > run.best:
-        run.best = heldout_accuracy
-        save(step, 'best.pt')
+    run.save_best(step, heldout_accuracy, models, **state)
     return result
-
-
-def meaning(thought, states):
-    """How often each thought was written as the t-th when the state after t operations was this: (L, M)."""
-    T = min(thought.shape[1], states.shape[1])
-    counts = torch.zeros(d_thought_vocab + 1, n_states)
-    counts.index_put_((thought[:, :T].cpu() - n_tokens, states[:, :T].cpu()), torch.tensor(1.), accumulate=True)
-    return counts[:-1]      # without end_thought
 
 
 # ---- training ----
@@ -301,16 +270,15 @@ def meaning(thought, states):
 n_steps, tested = run.first_step, None
 for step in run.steps(run.first_step if eval_only else max_steps):
     if step % eval_every == 0:
-        save(step)
+        run.save(step, models, **state)
         result, tested = evaluate(step), step
         if run.best >= enough and state['depth'] == k:
             break
     schedule(optimizer, learning_rate, step, max_steps)
 
-    # questions of the greatest depth so far, or now and then of any less; every process takes its share of them
-    depth = greatest = state['depth'].item()
+    greatest = state['depth'].item()
     easier, less = torch.rand(2, generator=world.generator, device=world.device).tolist()
-    depth = 1 + int(less * (depth - 1)) if depth > 1 and easier >= hardest else depth
+    depth = 1 + int(less * (greatest - 1)) if greatest > 1 and easier >= hardest else greatest
     question, states = (world.share(part) for part in draw(batch_size, depth))      # (B, S), (B, depth)
     with world.autocast:
         loss, right, seen = losses(question, states, step)
@@ -335,7 +303,7 @@ for step in run.steps(run.first_step if eval_only else max_steps):
 # ---- the last line ----
 
 if tested != n_steps:
-    save(n_steps)
+    run.save(n_steps, models, **state)
     result = evaluate(n_steps)
 depths = {*range(1, min(k, 8) + 1), k, *(2**i for i in range(13) if 2**i <= k_most), k_most}
 tests = {depth: test(depth) for depth in sorted(depths)}
@@ -344,14 +312,17 @@ if n_thoughts(k):
     _, _, thought, _, states = tests[k]
     replaced = ablations(thought, thought_tokens)
     result['ablation'] = {name: test(k, thought=other)[0] for name, other in replaced.items()}
-    result['thoughts_at_depth'] = {depth: mean_length(found[2]) for depth, found in tests.items()}
-    counts = meaning(thought, states)
-    most = counts.max(1).values     # of each thought: how often it stood for the state that it mostly stands for
-    result['purity'] = (most.sum() / counts.sum().clamp(min=1)).item()
+    result['thoughts_at_depth'] = {depth: model.n_thoughts(found[2]).float().mean().item()
+                                   for depth, found in tests.items()}
+    # how often each thought was written as the t-th when the state after t operations was this: (L, M)
+    T, counts = min(thought.shape[1], k), torch.zeros(d_thought_vocab + 1, n_states)
+    counts.index_put_((thought[:, :T].cpu() - n_tokens, states[:, :T].cpu()), torch.tensor(1.), accumulate=True)
+    most = counts[:-1].max(1).values        # without end_thought
+    result['purity'] = (most.sum() / counts[:-1].sum().clamp(min=1)).item()
     if plot and run.writes:
         used = most.nonzero()[:, 0]
-        used = used[counts[used].argmax(1).argsort()]
+        used = used[counts[used].argmax(1).argsort()]       # ordered by the state each is mostly written for
         figure = picture(1, f'What a thought means: purity {result["purity"]:.3f}')
-        heat_map(figure, 1, counts[used].T, 'thought', [f'think{i}' for i in used], 'state', questions.names[:n_states])
-        save_picture(figure, run.folder / 'meaning.html')
+        heat_map(figure, 1, counts[used].T, 'thought', used.tolist(), 'state', questions.names[:n_states])
+        run.picture('meaning.html', figure)
 run.finish(steps=n_steps, **result)

@@ -12,15 +12,16 @@ The answering policy sees nothing but the thoughts. Nobody tells either policy w
     python add_think_blind.py --init_from=resume                   # go on after an interruption
     torchrun --standalone --nproc_per_node=2 add_think_blind.py    # the same update, by two processes
 
-A code is the thoughts of a question as one number. In each step codes compete for the answers (see invent). An
-answer prefers the codes that the answering policy already reads as it, but no code is taken by more than its
-share of answers. Thoughts are drawn from these preferences; the thinking policy learns to write them, the
-answering policy to read them. A code that is a little better becomes a lot better: this is how meaning starts.
+A code is the thoughts of a question as one number. In each step codes compete for the answers (see invent).
+An answer prefers the codes that the answering policy already reads as it, but no code is taken by more than
+its share of answers. Thoughts are drawn from these preferences; the thinking policy learns to write them, the
+answering policy to read them. A code that is a little better becomes a lot better: this is how meaning
+starts.
 
 This is not a policy gradient. Advantage-weighted regression (Peng et al. 2019) weights the samples of one
 question by softmax(reward / tau). Here codes are weighted for an answer, and balanced, or answers would share
-codes (--advantage=softmax). Policy gradients are here for comparison (--search=False --advantage=grpo): without
-importance weights for epsilon, clipping or a KL term, as each rollout is used once.
+codes. Policy gradients are here for comparison (--search=False --advantage=grpo): without importance weights
+for epsilon, clipping or a KL term, as each rollout is used once.
 """
 import math
 from functools import partial
@@ -28,10 +29,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from model import ThinkingModelConfig, make_model, pack
+from model import ThinkingModelConfig, make_model
 from utils import (NEED_GROUPS, Run, World, ablations, addition_questions, advantages, balanced_target,
                    concentration, curve, digits, distinct, fail, fused, heat_map, judge, make_optimizer,
-                   picture, read_knobs, recorded, sample, save_picture, schedule, user_errors)
+                   picture, read_knobs, recorded, sample, schedule, user_errors)
 
 # ---- knobs ----
 
@@ -61,7 +62,6 @@ advantage = 'balanced'        # 'balanced' | 'softmax' | 'best' | 'grpo' | 'rloo
                               # 'batch_std' | 'quantile' | 'quantile_batch' | 'softmax_quantile' |
                               # 'softmax_centred': see utils.py
 tau = .1                      # temperature of balanced and of all softmax: smaller makes the best count more
-memory = .9                   # without search: share of the counts of written codes that is kept per step
 group_size = 8                # G: rollouts of a question, without search
 epsilon = 0.                  # share of their thoughts that are random; falls to zero over the first half
 entropy_weight = 0.           # of a bonus for the entropy of the thinking policy, along the chosen thoughts
@@ -103,6 +103,7 @@ world = World(knobs)
 with user_errors():
     train_set, heldout_set = (part.to(world.device)
                               for part in addition_questions(0, input_max, heldout, seed, n_adds))
+train_sample, heldout_sample = train_set[:eval_questions], heldout_set[:eval_questions]
 
 
 def answer_to(question):
@@ -110,19 +111,15 @@ def answer_to(question):
     return question.sum(1) % input_max
 
 
-# ---- model ----
+# ---- model, optimiser, run ----
 
 shape = dict(block_size=think_len + max(1, n_adds - 1), n_layer=n_layer, n_head=n_head, d_model=d_model,
              init='unit', tie_weights=False, d_normal_vocab=input_max, d_thought_vocab=d_thought_vocab)
+kinds = {'thinking': dict(output_kind='thought'), 'answering': dict(input_kind='thought', output_kind='normal')}
 with user_errors():
-    if split:
-        writes, reads = dict(output_kind='thought'), dict(input_kind='thought', output_kind='normal')
-        models = {name: make_model(ThinkingModelConfig(**shape, **kinds), knobs.checkpoint, name).to(world.device)
-                  for name, kinds in (('thinking', writes), ('answering', reads))}
-        thinking, answering = models.values()
-    else:
-        thinking = answering = make_model(ThinkingModelConfig(**shape), knobs.checkpoint).to(world.device)
-        models = {'model': thinking}
+    models = {name: make_model(ThinkingModelConfig(**shape, **kind), knobs.checkpoint, name).to(world.device)
+              for name, kind in (kinds if split else {'model': {}}).items()}
+thinking, answering = [*models.values()][0], [*models.values()][-1]     # without split the same one
 if frozen != 'none':
     models[frozen].requires_grad_(False)
 
@@ -137,8 +134,6 @@ if super_order == 'random':
 hand_made = thought_tokens.start + digits(hand_made, think_len, d_thought_vocab).to(world.device)   # (M, T)
 hand_made = hand_made.flip(1) if super_order == 'lsb' else hand_made
 
-# ---- optimiser and run ----
-
 optimizers = [make_optimizer(thinking, learning_rate, weight_decay, recorded=compile)]
 if split:
     optimizers.append(make_optimizer(answering, learning_rate_answer, 0., recorded=compile))
@@ -147,75 +142,64 @@ state = run.restore({
     'prices': torch.zeros(base ** think_len),                               # of codes, see balanced_target
     'habit': torch.zeros(input_max, 0 if search else base ** think_len),    # how often codes were written
     'baseline': torch.tensor(0. if clean else -math.log(input_max))})       # running mean of rewards
-if len(all_codes) < input_max:
-    run.print(f'warning: {len(all_codes)} codes cannot name {input_max} answers, '
-              f'accuracy can reach {len(all_codes) / input_max:.4g}')
-
-
-def save(step, file='ckpt.pt'):
-    run.save(step, {name: pack(model) for name, model in models.items()}, file, **state)
-
+if (n_codes := len(all_codes)) < input_max:
+    run.print(f'warning: {n_codes} codes cannot name {input_max} answers, accuracy can reach {n_codes / input_max:.4g}')
 
 # ---- three ways to learn ----
 # Each returns the losses of the thinking and of the answering policy for questions (B, n_adds) with answers (B,), and
-# what to log. By noise (B,) codes are drawn from a target, by dice (B, G, T) rollouts.
+# what to log. noise (B,) draws codes from a target, dice (B G, T) draws rollouts.
 
 @fused
 def invent(question, answer, noise, dice, epsilon, codes=all_codes, habit=0.):
     """Codes (C,) compete for the answers. habit: (M, C), added to their scores."""
-    log_q = answering.answer(spell(codes)).float().log_softmax(-1).T                # (M, C) log p(answer | code)
-    rewards = (hand_made_reward(codes) if clean else log_q.detach()) + habit
+    log_q = answering.answer(spell(codes)).float().log_softmax(-1).T        # (M, C) log p(answer | code)
+    scores = reward(log_q, codes) + habit
     if advantage == 'balanced':
-        log_target, prices = balanced_target(rewards, state['prices'][codes], tau)  # (M, C) codes of each answer
+        log_target, prices = balanced_target(scores, state['prices'][codes], tau)       # (M, C) codes of an answer
         state['prices'].index_copy_(0, codes, prices)
     else:
-        log_target = advantages(rewards, advantage, tau).log()
-    chosen = codes[sample(log_target[answer], noise)]                               # (B,) a code for each question
-    log_pi, entropy = thinking.thought_log_probs(question, spell(chosen), fixed)    # (B, T)
+        log_target = advantages(scores, advantage, tau).log()
+    chosen = codes[sample(log_target[answer], noise)]                       # (B,) a code for each question
+    log_pi, entropy = thinking.thought_log_probs(question, spell(chosen), fixed)        # (B, T)
     thinking_loss = -log_pi.sum(1).mean()
     answering_loss = -(log_target.exp() * log_q).sum(1)[answer].mean()
     return thinking_loss, answering_loss, {'entropy': entropy.sum(1).mean(), 'chosen': chosen}
 
 
 def own_codes(question, answer, noise, dice, epsilon):
-    """Only codes that the thinking policy has just written compete, by log p(written for the answer and read as it)."""
-    written = world.gather(number(roll_out(question, dice, epsilon).tokens).view(-1, group_size))
-    codes, column = written.unique(return_inverse=True)                             # (C,), (B, G) of all processes
+    """Only codes that were just written compete, by log p(the code is written for the answer and read as it)."""
+    written = number(thinking.think(question, think_len, fixed=fixed, n_rollouts=group_size, noise=dice,
+                                    epsilon=epsilon).tokens).view(-1, group_size)       # (B, G)
+    codes, column = world.gather(written).unique(return_inverse=True)       # (C,), (B, G) of all processes
     pairs = (world.gather(answer)[:, None] * len(codes) + column).flatten()
-    counts = pairs.bincount(minlength=input_max * len(codes)).view(input_max, -1)   # (M, C)
-    state['habit'].mul_(memory).index_add_(1, codes, counts.float())
+    counts = pairs.bincount(minlength=input_max * len(codes)).view(input_max, -1)       # (M, C)
+    state['habit'].mul_(.9).index_add_(1, codes, counts.float())
     habit = state['habit'][:, codes] + 1 / len(codes)
-    habit = (habit / habit.sum(1, keepdim=True)).log()
-    return invent(question, answer, noise, dice, epsilon, codes, habit)
+    return invent(question, answer, noise, dice, epsilon, codes, (habit / habit.sum(1, keepdim=True)).log())
 
 
 @fused
 def policy_gradient(question, answer, noise, dice, epsilon):
     """Rollouts of a question are compared with each other."""
-    thoughts, *both = roll_out(question, dice, epsilon, grad=True)                  # (B G, T)
-    log_pi, entropy = (x.sum(1).view(-1, group_size) for x in both)                 # (B, G)
-    codes, column = distinct(number(thoughts).view(-1, group_size))                 # (C,), (B, G)
-    log_q = answering.answer(spell(codes)).float().log_softmax(-1).T                # (M, C)
-    rewards = (hand_made_reward(codes) if clean else log_q.detach())[answer[:, None], column]       # (B, G)
+    thoughts, *both = thinking.think(question, think_len, fixed=fixed, n_rollouts=group_size, noise=dice,
+                                     epsilon=epsilon, grad=True)            # (B G, T)
+    log_pi, entropy = (x.sum(1).view(-1, group_size) for x in both)         # (B, G)
+    codes, column = distinct(number(thoughts).view(-1, group_size))         # (C,), (B, G)
+    log_q = answering.answer(spell(codes)).float().log_softmax(-1).T        # (M, C)
+    rewards = reward(log_q, codes)[answer[:, None], column]                 # (B, G)
     everyone = world.gather(rewards)
-    weights = advantages(rewards, advantage, tau, state['baseline'], everyone)      # (B, G)
+    weights = advantages(rewards, advantage, tau, state['baseline'], everyone)
     state['baseline'].lerp_(everyone.mean(), .1)
     thinking_loss = -(weights * log_pi).sum(1).mean()
-    positive = weights.clamp(min=0) + 1e-9
+    positive = weights.clamp(min=0) + 1e-9      # the answering policy learns from rollouts that are better than others
     share = positive / positive.sum(1, keepdim=True)
     answering_loss = -(share * log_q[answer[:, None], column]).sum(1).mean()
     return thinking_loss, answering_loss, {'entropy': entropy.mean(), 'chosen': codes[column], 'weights': weights}
 
 
-def hand_made_reward(codes):
-    """1 if a code (C,) is the hand-made one of an answer, else 0: (M, C)."""
-    return (number(hand_made)[:, None] == codes).float()
-
-
-def roll_out(question, dice, epsilon, grad=False):
-    """Thoughts (B G, T) of G rollouts for each question."""
-    return thinking.think(question, think_len, fixed=fixed, n_rollouts=group_size, noise=dice.flatten(0, 1),
-                          epsilon=epsilon, grad=grad)
+def reward(log_q, codes):
+    """What codes (C,) are paid for each answer, (M, C): log p(answer | code), or if clean 1 for the hand-made one."""
+    return (number(hand_made)[:, None] == codes).float() if clean else log_q.detach()
 
 
 learn = invent if search else own_codes if advantage == 'balanced' else policy_gradient
@@ -250,18 +234,14 @@ def think(question):
 
 def evaluate(step):
     """Report on both sets of questions, show a few, keep the best checkpoint. Returns the numbers."""
-    train, test = train_set[:eval_questions], heldout_set[:eval_questions]
-    codes, thoughts = think(train), think(test)
-    accuracy = judge(answering, codes, answer_to(train))[1]
-    answers, heldout_accuracy, bits = judge(answering, thoughts, answer_to(test))
-    result = {'codes': len(codes.unique(dim=0)), 'bits': bits,
-              'thoughts': thinking.n_thoughts(thoughts).float().mean().item(),
-              'accuracy': accuracy, 'heldout_accuracy': heldout_accuracy}
+    codes, thoughts, right = think(train_sample), think(heldout_sample), answer_to(heldout_sample)
+    answers, heldout_accuracy, bits = judge(answering, thoughts, right)
+    result = {'codes': len(codes.unique(dim=0)), 'thoughts': thinking.n_thoughts(thoughts).float().mean().item(),
+              'bits': bits, 'accuracy': judge(answering, codes, answer_to(train_sample))[1],
+              'heldout_accuracy': heldout_accuracy}
     run.report(step, **result)
-    run.show(thinking.config, test, thoughts, answers, answer_to(test))
-    if heldout_accuracy > run.best:
-        run.best = heldout_accuracy
-        save(step, 'best.pt')
+    run.show(thinking.config, heldout_sample, thoughts, answers, right)
+    run.save_best(step, heldout_accuracy, models, **state)
     return result
 
 
@@ -274,9 +254,9 @@ def draw_language():
              for row, n in zip(thoughts.tolist(), thinking.n_thoughts(thoughts))]
     figure = picture(2, 'The invented language', height=1000, heights=[.75, .25])
     heat_map(figure, 1, counts.view(input_max, -1), 'thoughts', names, 'answer', list(range(input_max)))
-    curve(figure, 2, run.curve('codes'), 'distinct codes', 'firebrick')
-    curve(figure, 2, run.curve('bits'), 'bits that reach the answering policy', 'teal', right=True)
-    save_picture(figure, run.folder / 'language.html')
+    curve(figure, 2, run, 'codes', 'firebrick')
+    curve(figure, 2, run, 'bits', 'teal', right=True)
+    run.picture('language.html', figure)
 
 
 # ---- training ----
@@ -286,16 +266,16 @@ if compile:
 n_steps = run.first_step
 for step in run.steps(run.first_step if eval_only else max_steps):
     if step % eval_every == 0:
-        save(step)
+        run.save(step, models, **state)
         evaluate(step)
     for optimizer, rate in zip(optimizers, (learning_rate, learning_rate_answer)):
         schedule(optimizer, rate, step, max_steps)
 
     # every process draws the whole batch and takes its share
     rows = torch.randint(len(train_set), (batch_size,), generator=world.generator, device=world.device)
-    question = train_set[world.share(rows)]                                         # (B, n_adds)
-    noise = world.draw(torch.rand, batch_size)                                      # (B,)
-    dice = None if search else world.draw(torch.rand, batch_size, group_size, think_len)    # (B, G, T)
+    question = train_set[world.share(rows)]                                 # (B, n_adds)
+    noise = world.draw(torch.rand, batch_size)                              # (B,)
+    dice = None if search else world.draw(torch.rand, batch_size, group_size, think_len).flatten(0, 1)
     seen = update(question, answer_to(question), noise, dice, epsilon * max(0, 1 - 2 * step / max_steps))
 
     if step % log_every == 0:
@@ -306,10 +286,10 @@ for step in run.steps(run.first_step if eval_only else max_steps):
 
 # ---- the last line ----
 
-save(n_steps)
-result, test = evaluate(n_steps), heldout_set[:eval_questions]
-ablation = {name: judge(answering, thoughts, answer_to(test))[1]
-            for name, thoughts in ablations(think(test), thought_tokens).items()}
+run.save(n_steps, models, **state)
+result = evaluate(n_steps)
+replaced = ablations(think(heldout_sample), thought_tokens)
+ablation = {name: judge(answering, thoughts, answer_to(heldout_sample))[1] for name, thoughts in replaced.items()}
 if plot and run.writes:
     draw_language()
 update = None       # a CUDA graph in which processes meet must be gone before they part

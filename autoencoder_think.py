@@ -3,39 +3,36 @@ Autoencoder: two policies agree on a code for one token, from nothing.
 
     x of M  ->  thinking policy  ->  T thoughts, each one of L tokens  ->  answering policy  ->  x
 
-The answering policy sees nothing but the thoughts. If L^T = M, every code is needed, and an accuracy of 1 is a perfect
-one-to-one code.
+The answering policy sees nothing but the thoughts. If L^T = M, an accuracy of 1 is a perfect one-to-one code.
 
-    python autoencoder_think.py                                            # M=64, 8 thought tokens, 2 thoughts
-    python autoencoder_think.py --input_max=1000 --d_thought_vocab=10 --think_len=3      # 1000 codes for 1000 inputs
+    python autoencoder_think.py                                        # M=64, 8 thought tokens, 2 thoughts
+    python autoencoder_think.py --input_max=1000 --d_thought_vocab=10 --think_len=3
     python autoencoder_think.py --method=reinforce --learning_rate=5e-4 --max_steps=3000 --eval_every=100
-    python autoencoder_think.py --method=gumbel --tau=8 --learning_rate=1e-3 --learning_rate_answer=1e-3 --max_steps=999
-    python autoencoder_think.py --init_from=resume                         # go on after an interruption
-    torchrun --standalone --nproc_per_node=2 autoencoder_think.py          # the same update, by two processes
+    python autoencoder_think.py --method=gumbel --tau=8 --learning_rate=1e-3 --learning_rate_answer=1e-3
+    torchrun --standalone --nproc_per_node=2 autoencoder_think.py      # the same update, by two processes
 
 Four methods decide which thoughts are learned:
 
-match      The answering policy scores codes for the inputs of the batch by log p(x | code): the codes that these inputs
-           own, and as many free ones. They are dealt anew, one to an input, the best scores first, and both policies
-           learn the pairs by cross-entropy. No code ever has two owners. This is expert iteration with a dealer, not a
-           policy gradient.
-sinkhorn   The same with prices in place of owners: codes are drawn from a target that balances all inputs over all
-           codes, see balanced_target in utils.py.
-reinforce  The policy gradient (Williams 1992) on the thinking policy's own rollouts. A rollout is paid log p(x |
-           thoughts), less code_price * log(how often its code is written, relative to its share). A bonus for entropy
-           starts near 1, where certainty is worth as much as indifference, and falls slowly. The answering policy
-           learns from all rollouts. Left out: importance weights and clipping, as each rollout is used once, and what
-           an early thought does to the entropy of later ones.
-gumbel     The straight-through Gumbel-softmax (Jang et al. 2017): the answer's gradient passes through the thoughts.
+match      The answering policy scores codes for the inputs of the batch by log p(x | code): those that the inputs
+           own, and as many free ones. Codes are dealt anew, one to an input, the best scores first, and both
+           policies learn the pairs. No code ever has two owners. Expert iteration with a dealer, no policy
+           gradient.
+sinkhorn   The same with prices in place of owners, see balanced_target in utils.py.
+reinforce  The policy gradient (Williams 1992) on rollouts, paid log p(x | thoughts), less code_price * log(how often
+           the code is written, relative to its share). A bonus for entropy starts near 1, where certainty is
+           worth as much as indifference, and falls slowly. The answering policy learns from all rollouts.
+           Left out: importance weights, clipping, and what an early thought does to the entropy of later
+           ones.
+gumbel     The straight-through Gumbel-softmax (Jang et al. 2017): gradients pass through the thoughts.
 """
 import math
 
 import torch
 import torch.nn.functional as F
 
-from model import ThinkingModelConfig, make_model, pack
+from model import ThinkingModelConfig, make_model
 from utils import (NEED_GROUPS, Run, World, ablations, advantages, balanced_target, curve, distinct, fail, judge,
-                   make_optimizer, picture, read_knobs, sample, save_picture, schedule, user_errors)
+                   make_optimizer, picture, read_knobs, sample, schedule, user_errors)
 
 # ---- knobs ----
 
@@ -93,20 +90,18 @@ if method == 'reinforce' and group_size < 2 and advantage in NEED_GROUPS:
 world = World({**knobs, 'batch_size': n_batch})
 inputs = torch.arange(input_max, device=world.device)
 
-# ---- model ----
+# ---- model, optimiser, run ----
 
 shape = dict(block_size=think_len + 1, n_layer=n_layer, n_head=n_head, d_model=d_model, init=init, tie_weights=False,
              d_normal_vocab=input_max, d_thought_vocab=d_thought_vocab)
+kinds = {'thinking': dict(output_kind='thought'), 'answering': dict(input_kind='thought', output_kind='normal')}
 with user_errors():
-    writes, reads = dict(output_kind='thought'), dict(input_kind='thought', output_kind='normal')
-    models = {name: make_model(ThinkingModelConfig(**shape, **kinds), knobs.checkpoint, name).to(world.device)
-              for name, kinds in (('thinking', writes), ('answering', reads))}
+    models = {name: make_model(ThinkingModelConfig(**shape, **kind), knobs.checkpoint, name).to(world.device)
+              for name, kind in kinds.items()}
 thinking, answering = models.values()
 if frozen != 'none':
     models[frozen].requires_grad_(False)
 thought_tokens = thinking.thought_range(fixed=True)
-
-# ---- optimiser and run ----
 
 optimizers = [make_optimizer(thinking, learning_rate, weight_decay),
               make_optimizer(answering, learning_rate_answer, weight_decay)]
@@ -120,11 +115,6 @@ state = run.restore({
 best_accuracy = min(1, n_codes / input_max)
 if best_accuracy < 1:
     run.print(f'warning: {n_codes} codes cannot name {input_max} inputs, accuracy can reach {best_accuracy:.4g}')
-
-
-def save(step, file='ckpt.pt'):
-    run.save(step, {name: pack(model) for name, model in models.items()}, file, **state)
-
 
 # ---- evaluation ----
 
@@ -143,9 +133,7 @@ def evaluate(step):
     result = {'codes': len(counts), 'bits_written': max(0., bits_written), 'bits': bits, 'accuracy': accuracy}
     run.report(step, **result)
     run.show(thinking.config, inputs[:, None], thoughts, answers, inputs)
-    if accuracy > run.best:
-        run.best = accuracy
-        save(step, 'best.pt')
+    run.save_best(step, accuracy, models, **state)
     return result
 
 
@@ -156,8 +144,8 @@ def draw_growth():
     for panel, name, colour, limit in ((1, 'accuracy', 'seagreen', best_accuracy), (2, 'codes', 'firebrick', most),
                                        (3, 'bits_written', 'darkorange', math.log2(most)),
                                        (3, 'bits', 'teal', math.log2(most))):
-        curve(figure, panel, run.curve(name), name.replace('_', ' '), colour, most=limit)
-    save_picture(figure, run.folder / 'growth.html')
+        curve(figure, panel, run, name, colour, most=limit)
+    run.picture('growth.html', figure)
 
 
 # ---- match and sinkhorn: which codes the inputs x (B,) of all processes are to have, (B,) ----
@@ -171,8 +159,8 @@ def score(codes, x):
 
 def one_to_one(scores):
     """
-    A column of its own for every row of scores (n, m), n <= m, the highest scores first: pairs that prefer each other
-    are taken out until no row is left. Returns columns (n,).
+    A column of its own for every row of scores (n, m), n <= m, the highest scores first: pairs that prefer
+    each other are taken out until no row is left. Returns columns (n,).
     """
     chosen = torch.full(scores.shape[:1], -1, device=scores.device)
     rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape)
@@ -239,7 +227,7 @@ def straight_through(x, codes, step):
     """Thoughts are tokens in the forward pass and probabilities in the backward pass."""
     sequence = F.one_hot(x[:, None], thinking.config.d_vocab_total).float()         # (B, 1, V)
     for _ in range(think_len):
-        logits = thinking(sequence)[:, -1, thinking.columns(thought_tokens)].float()
+        logits = thinking.logits(thinking.hidden(sequence)[:, -1], thought_tokens).float()
         uniform = world.draw(torch.rand, n_batch, d_thought_vocab).clamp(1e-9)
         soft = ((logits - (-uniform.log()).log()) / tau).softmax(-1)                # (B, L)
         thought = F.one_hot(soft.argmax(-1), d_thought_vocab) + soft - soft.detach()
@@ -256,7 +244,7 @@ losses = {'reinforce': policy_gradient, 'gumbel': straight_through}.get(method, 
 n_steps = run.first_step
 for step in run.steps(run.first_step if eval_only else max_steps):
     if step % eval_every == 0:
-        save(step)
+        run.save(step, models, **state)
         evaluate(step)
     for optimizer, rate in zip(optimizers, (learning_rate, learning_rate_answer)):
         schedule(optimizer, rate, step, max_steps, warmup_steps=5)
@@ -282,7 +270,7 @@ for step in run.steps(run.first_step if eval_only else max_steps):
 
 # ---- the last line ----
 
-save(n_steps)
+run.save(n_steps, models, **state)
 result, thoughts = evaluate(n_steps), think()
 ablation = {name: judge(answering, other, inputs)[1] for name, other in ablations(thoughts, thought_tokens).items()}
 if plot and run.writes:

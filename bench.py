@@ -31,7 +31,7 @@ from model import GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig,
 from utils import (SerialTask, advantages, concentration, device_name, digits, fail, git_commit, make_optimizer, need,
                    peak_flops, read_knobs, recorded, user_errors, write_atomic)
 
-# ---- knobs ----------------------------------------------------------------------------------------------------------
+# ---- knobs ----
 suite = 'learning'              # which table: a name of SUITES below; tables: no runs, only the README
 only = ''                       # names of rows, with commas between; empty: all
 seeds = 5                       # runs of each row, with seeds 0, 1, ...

@@ -26,7 +26,7 @@ from utils import (LinearCrossEntropy, attend_to_cache, attention, being_recorde
 REACH = 16      # distances up to which 'relative' positions tell tokens apart
 
 
-# ---- configs ------------------------------------------------------------------------------------
+# ---- configs ----
 
 @dataclass
 class ModelConfig:
@@ -52,10 +52,8 @@ class ModelConfig:
                 raise ValueError(f'{name}={getattr(self, name)!r} must be one of {", ".join(known)}')
         if self.position_encoding == 'rotary' and self.d_model // self.n_head % 2:
             raise ValueError(f'rotary turns pairs: d_model={self.d_model} / n_head={self.n_head} must be even')
-        if self.tie_weights and self.init == 'unit':
-            raise ValueError("init='unit' needs tie_weights=False: embeddings of size one make logits too large")
-        if self.tie_weights and self.reads != self.writes:
-            raise ValueError('tie_weights needs a model that reads and writes the same tokens')
+        if self.tie_weights and (self.init == 'unit' or self.reads != self.writes):
+            raise ValueError("tie_weights=True needs init='gpt2' and a model that reads and writes the same tokens")
 
     @property
     def reads(self):
@@ -71,8 +69,9 @@ class ModelConfig:
 @dataclass
 class ThinkingModelConfig(ModelConfig):
     """
-    Shape of a GPT2Thinking. One model may read and write everything. Of two split policies, the thinking one writes
-    only thoughts; the answering one writes only normal tokens and, if it is blind, reads only thoughts.
+    Shape of a GPT2Thinking. One model may read and write everything. Of two split policies, the thinking one
+    writes only thoughts; the answering one writes only normal tokens and, if it is blind, reads only
+    thoughts.
     """
     d_vocab: int = 0            # d_vocab_total, computed from the next two
     d_normal_vocab: int = 50257
@@ -84,35 +83,35 @@ class ThinkingModelConfig(ModelConfig):
     def __post_init__(self):
         if self.d_normal_vocab < 1 or self.d_thought_vocab < 1:
             raise ValueError('d_normal_vocab and d_thought_vocab must be at least 1')
-        self.d_vocab = self.d_normal_vocab + self.d_thought_vocab + 1
+        if not {self.input_kind, self.output_kind} <= {'all', 'normal', 'thought'}:
+            raise ValueError(f'{self.input_kind=} and {self.output_kind=} must be one of all, normal, thought')
+        self.d_vocab = self.d_vocab_total
         super().__post_init__()
-
-    def _range(self, kind):
-        ranges = {'all': range(self.d_vocab), 'normal': range(self.d_normal_vocab),
-                  'thought': range(self.d_normal_vocab, self.d_vocab)}
-        if kind not in ranges:
-            raise ValueError(f'input_kind and output_kind must be one of {", ".join(ranges)}, not {kind!r}')
-        return ranges[kind]
-
-    @property
-    def reads(self):
-        return self._range(self.input_kind)
-
-    @property
-    def writes(self):
-        return self._range(self.output_kind)
 
     @property
     def d_vocab_total(self):
-        return self.d_vocab
+        return self.d_normal_vocab + self.d_thought_vocab + 1
 
     @property
     def end_thought(self):
         """The token that ends a thought, the last one."""
-        return self.d_vocab - 1
+        return self.d_vocab_total - 1
+
+    @property
+    def reads(self):
+        return self.tokens(self.input_kind)
+
+    @property
+    def writes(self):
+        return self.tokens(self.output_kind)
+
+    def tokens(self, kind):
+        """Range of tokens of a kind."""
+        return range(self.d_normal_vocab if kind == 'thought' else 0,
+                     self.d_normal_vocab if kind == 'normal' else self.d_vocab_total)
 
 
-# ---- the network --------------------------------------------------------------------------------
+# ---- the network ----
 
 class Attention(nn.Module):
     def __init__(self, config):
@@ -186,60 +185,10 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.ln_2(x)), self.config.dropout, self.training)
 
 
-class KVCache:
-    """
-    Keys and values (B, H, S, D) of each layer at the positions a model has read. They grow as tokens are appended, and
-    gradients pass through them. Given a config and sizes, they are written into memory that is reserved once, without
-    gradients: faster for many tokens.
-    """
-
-    def __init__(self, config=None, n_rows=0, n_positions=0, device=None, dtype=None):
-        self.kv, self.length, self.positions = {}, 0, None
-        self.reserved = config is not None
-        self.fast = False       # whether a kernel of ours reads it
-        if self.reserved:
-            shape = n_rows, config.n_head, n_positions, config.d_model // config.n_head
-            self.kv = {layer: [torch.empty(shape, device=device, dtype=dtype) for _ in 'kv']
-                       for layer in range(config.n_layer)}
-            self.fast = has_kernel(device, shape[-1])
-            self.on_device = torch.zeros((), dtype=torch.int32, device=device)      # length, for the kernel
-
-    def append(self, layer, k, v):
-        """Store k, v (B, H, S, D) of new tokens. Returns all keys and values so far."""
-        if self.reserved:
-            end = self.length + k.shape[2]
-            for kept, new in zip(self.kv[layer], (k, v)):
-                kept[:, :, self.length:end] = new
-            return [kept[:, :, :end] for kept in self.kv[layer]]
-        if layer in self.kv:
-            k, v = (torch.cat([kept, new], dim=2) for kept, new in zip(self.kv[layer], (k, v)))
-        self.kv[layer] = [k, v]
-        return self.kv[layer]
-
-    def place(self, positions):
-        """Note the positions (S,) of tokens that all layers are about to append. Returns those of all tokens."""
-        self.positions = positions if self.positions is None else torch.cat([self.positions, positions])
-        return self.positions
-
-    def grow(self, n):
-        """Count n tokens that all layers have appended."""
-        self.length += n
-        if self.fast:
-            self.on_device += n
-
-    def repeat(self, n):
-        """Repeat every row n times, side by side: the cache of one question serves all its rollouts."""
-        self.kv = {layer: [kept.repeat_interleave(n, dim=0) for kept in kv] for layer, kv in self.kv.items()}
-
-    def select(self, rows):
-        """Keep only these rows (n,), in this order, some perhaps several times."""
-        self.kv = {layer: [kept[rows] for kept in kv] for layer, kv in self.kv.items()}
-
-
 class GPT2(nn.Module):
     """
-    GPT-2 (Radford et al. 2019): pre-LN transformer with learned positions; or with rotary ones (Su et al. 2021), or
-    with a learned bias for every distance up to REACH (Raffel et al. 2020).
+    GPT-2 (Radford et al. 2019): pre-LN transformer with learned positions; or with rotary ones (Su et al.
+    2021), or with a learned bias for every distance up to REACH (Raffel et al. 2020).
     """
 
     def __init__(self, config):
@@ -258,8 +207,9 @@ class GPT2(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        'gpt2': all matrices normal with std .02, those that end a residual branch by another 1/sqrt(2 n_layer).
-        'unit': embeddings std 1, matrices 1/sqrt(fan_in), so that every activation starts with size one.
+        'gpt2': all matrices normal with std .02, those that end a residual branch by another 1/sqrt(2
+        n_layer). 'unit': embeddings std 1, matrices 1/sqrt(fan_in), so that every activation starts with size
+        one.
         """
         unit = self.config.init == 'unit'
         for name, p in self.named_parameters():
@@ -276,16 +226,16 @@ class GPT2(nn.Module):
 
     def embed(self, tokens):
         """
-        Embeddings (B, S, d_model) of tokens (B, S), or of mixtures of tokens (B, S, len(config.reads)), through which
-        gradients pass.
+        Embeddings (B, S, d_model) of tokens (B, S), or of mixtures of tokens (B, S, len(config.reads)),
+        through which gradients pass.
         """
         return tokens @ self.wte.weight if tokens.is_floating_point() else self.wte(tokens - self.config.reads.start)
 
     def layers(self, x, cache=None, positions=None, visible=None):
         """
-        States (B, S, d_model) of the last layer at embeddings x (B, S, d_model), which are appended to what the cache
-        holds. positions: (S,), None: counted on. visible: (S, Sk), True where a token may look, None: before it and at
-        itself; with it the caller takes care of block_size.
+        States (B, S, d_model) of the last layer at embeddings x (B, S, d_model), which are appended to what
+        the cache holds. positions: (S,), None: counted on. visible: (S, Sk), True where a token may look;
+        None: before it and at itself; with it, the caller takes care of block_size.
         """
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
@@ -319,15 +269,11 @@ class GPT2(nn.Module):
         return self.layers(self.embed(tokens), cache, positions)
 
     def logits(self, states, among):
-        """Logits (..., len(among)) of a range of tokens at states (..., d_model)."""
-        return F.linear(states, self.lm_head.weight[self.columns(among)])
-
-    def columns(self, among):
-        """The slice of logit columns for a range of tokens. Raises ValueError if the model does not write them."""
+        """Logits (..., len(among)) of a range of tokens at states (..., d_model). Raises ValueError."""
         writes = self.config.writes
         if among.start < writes.start or among.stop > writes.stop:
             raise ValueError(f'tokens {among.start}..{among.stop - 1} are not among those this model writes')
-        return slice(among.start - writes.start, among.stop - writes.start)
+        return F.linear(states, self.lm_head.weight[among.start - writes.start:among.stop - writes.start])
 
     def forward(self, tokens, cache=None, positions=None):
         """Logits (B, S, V) after tokens (B, S), column i for token config.writes[i]. See layers."""
@@ -338,14 +284,12 @@ class GPT2(nn.Module):
         return LinearCrossEntropy.apply(self.hidden(tokens).flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def log_probs(self, prompt, tokens, among=None):
-        """Log-probabilities (N, T), with gradient, of tokens (N, T) of a range after prompts (N, S); see choice."""
-        return self.log_probs_and_entropies(prompt, tokens, among or self.config.writes)[0]
-
-    def log_probs_and_entropies(self, prompt, tokens, among):
         """
-        Log-probabilities and entropies (N, T), in nats and with gradient, of tokens (N, T) after prompts (N, S), each
-        chosen among a range: at temperature 1 and of the whole range, whatever they were sampled with.
+        Log-probabilities and entropies (N, T), in nats and with gradient, of tokens (N, T) after prompts (N,
+        S), each chosen among a range: at temperature 1 and of the whole range, whatever they were sampled
+        with.
         """
+        among = among or self.config.writes
         states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1))[:, prompt.shape[1] - 1:]
         return choice(self.logits(states, among), tokens - among.start)
 
@@ -355,13 +299,11 @@ class GPT2(nn.Module):
     def generate(self, prompt, n_new, *, among=None, stop=None, noise=None, positions=None, n_rollouts=1,
                  use_cache=True, **sampling):
         """
-        Continue each prompt (B, S), S >= 1, by n_new tokens, n_rollouts times. Returns tokens (N, n_new), where N is
-        B * n_rollouts, those of one prompt side by side.
-
-        among: range of tokens to choose from. stop: token that ends a row, which then only repeats it.
-        noise: (N, n_new) uniform in [0, 1), one number decides one token; drawn here if it is None.
-        positions: (S,) of the prompt; new tokens count on from its last. sampling: temperature, top_k, top_p, epsilon
-        and bias (N, tokens to choose from), see utils.sample. use_cache=False is the slow reference.
+        Continue each prompt (B, S), S >= 1, by n_new tokens, n_rollouts times. Returns tokens (N, n_new),
+        where N is B * n_rollouts, those of one prompt side by side. among: range of tokens to choose from.
+        stop: token that ends a row, which then repeats it. noise: (N, n_new) uniform in [0, 1), one number
+        decides one token; None: drawn here. positions: (S,) of the prompt; new tokens count on. sampling:
+        temperature, epsilon and bias, see utils.sample. use_cache=False is the slow reference.
         """
         N, among = len(prompt) * n_rollouts, among or self.config.writes
         if noise is None:
@@ -382,9 +324,9 @@ class GPT2(nn.Module):
 
     def unroll(self, prompt, n_new, choose, positions=None, n_rollouts=1, use_cache=True):
         """
-        Continue prompts (B, S) by up to n_new tokens, n_rollouts times. choose(t, states) gets the states (N, d_model)
-        at the last tokens; it returns the next tokens (N,), and which rows go on (N,), None: all. It ends when none
-        does. Prompts are read once for all their rollouts. Returns the new tokens (N, T).
+        Continue prompts (B, S) by up to n_new tokens, n_rollouts times: choose(t, states) gets the states (N,
+        d_model) at the last tokens, and returns the next ones (N,) and which rows go on (N,), None: all. Ends
+        when none does. Prompts are read once for all their rollouts. Returns the new tokens (N, T).
         """
         S, device, cache = prompt.shape[1], prompt.device, None
         positions = count_on(positions, S, n_new, device)                               # (S + n_new,)
@@ -408,49 +350,6 @@ class GPT2(nn.Module):
                 break
         return sequence[:, S:]
 
-    # ---- weights from and to Hugging Face
-
-    @staticmethod
-    def from_pretrained(source):
-        """
-        A GPT2 with the weights of a Hugging Face GPT-2: a local folder, or a hub name such as 'gpt2' or 'gpt2-xl'.
-        Raises ValueError, in one line, if there are no such weights, or if this file cannot express the model.
-        """
-        transformers = need('transformers', 'to load pretrained weights')
-        try:
-            theirs = transformers.AutoConfig.from_pretrained(source)
-            if theirs.model_type != 'gpt2':
-                raise ValueError(f'{source} is not a GPT-2 but a {theirs.model_type}')
-            odd = [name for name, usual in HF_FIXED.items() if getattr(theirs, name) != usual]
-            if odd or theirs.n_inner not in (None, 4 * theirs.n_embd):
-                raise ValueError(f'{source} is not a plain GPT-2: {", ".join(odd) or "n_inner"} differs')
-            theirs = transformers.GPT2LMHeadModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
-        except OSError as error:
-            raise ValueError(f'no GPT-2 weights at {source}: {str(error).strip().splitlines()[0]}') from error
-        c = theirs.config
-        model = GPT2(ModelConfig(d_vocab=c.vocab_size, block_size=c.n_positions, n_layer=c.n_layer, n_head=c.n_head,
-                                 d_model=c.n_embd, tie_weights=c.tie_word_embeddings))
-        state = {name.removeprefix('transformer.'): p for name, p in theirs.state_dict().items()}
-        model.load_state_dict({name: p.t() if name.endswith(HF_TRANSPOSED) else p for name, p in state.items()})
-        return model
-
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors that transformers' GPT2LMHeadModel.from_pretrained loads."""
-        transformers = need('transformers', 'to export weights')
-        c = self.config
-        if c.reads != c.writes or c.position_encoding != 'learned':
-            raise ValueError('only a model with learned positions that writes what it reads can be exported')
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            vocab_size=c.d_vocab, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.d_model,
-            tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None))
-        theirs.load_state_dict({('' if name.startswith('lm_head') else 'transformer.') + name:
-                                p.t() if name.endswith(HF_TRANSPOSED) else p for name, p in self.state_dict().items()})
-        theirs.save_pretrained(folder)
-
-
-HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')    # transformers keeps these as (in, out)
-HF_FIXED = {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
-            'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
 
 
 def choice(logits, chosen):
@@ -467,7 +366,7 @@ def count_on(positions, n_prompt, n_new, device):
     return torch.cat([positions, positions[-1] + 1 + torch.arange(n_new, device=device)])
 
 
-# ---- thoughts -----------------------------------------------------------------------------------
+# ---- thoughts ----
 
 class Thoughts(NamedTuple):
     """What GPT2Thinking.think returns; log_probs and entropies only with grad=True."""
@@ -491,10 +390,10 @@ class GPT2Thinking(GPT2):
     def think(self, question, think_len, *, fixed=True, n_rollouts=1, noise=None, positions=None, grad=False,
               use_cache=True, **sampling):
         """
-        Roll out thoughts after questions (B, S), n_rollouts times. fixed: think_len thoughts, none of them end_thought;
-        else up to think_len tokens, and end_thought ends a row. The rest as in generate. Returns Thoughts of N = B *
-        n_rollouts rows; with grad, also log-probabilities and entropies through which gradients pass, computed in the
-        fastest way.
+        Roll out thoughts after questions (B, S), n_rollouts times. fixed: think_len thoughts; else up to
+        think_len tokens, and end_thought ends a row. The rest as in generate. Returns Thoughts of N = B *
+        n_rollouts rows; with grad also log-probabilities and entropies through which gradients pass, in
+        whichever way is fastest.
         """
         choices, stop = self.thought_range(fixed), None if fixed else self.config.end_thought
         if noise is None:
@@ -517,16 +416,14 @@ class GPT2Thinking(GPT2):
         return [torch.where(chosen, x, 0.) for x in values]
 
     def thought_log_probs(self, question, thoughts, fixed=True):
-        """
-        Log-probabilities and entropies (N, T), with gradient, of thoughts (N, T) after questions (N, S); both are 0
-        behind a row's end_thought.
-        """
-        return self.until_end(thoughts, *self.log_probs_and_entropies(question, thoughts, self.thought_range(fixed)))
+        """Log-probabilities and entropies (N, T), with gradient, of thoughts (N, T), 0 behind a row's end_thought."""
+        return self.until_end(thoughts, *self.log_probs(question, thoughts, self.thought_range(fixed)))
 
     def answer(self, thoughts, question=None):
         """
-        Logits (N, d_normal_vocab) of the answer, read at the end_thought that closes each row: the first one in
-        thoughts (N, T), T >= 0, or one behind them. question: (N, S), read before the thoughts; None: blind.
+        Logits (N, d_normal_vocab) of the answer, read at the end_thought that closes each row: the first one
+        in thoughts (N, T), T >= 0, or one behind them. question: (N, S), read before the thoughts; None:
+        blind.
         """
         position = self.n_thoughts(thoughts)                                                # (N,)
         sequence = F.pad(thoughts, (0, 1), value=self.config.end_thought)                   # (N, T + 1)
@@ -537,10 +434,10 @@ class GPT2Thinking(GPT2):
 
     def think_and_answer(self, question, thoughts, fixed=True, positions=None):
         """
-        Read questions (N, S) and thoughts (N, T) behind them, T >= 0, in one pass. Returns log-probabilities and
-        entropies (N, T) of the thoughts, 0 behind a row's end_thought, and logits (N, d_normal_vocab) of the answer,
-        which is written in place of a next thought: at the last thought or, without any, at the end of the question.
-        positions: (S,) of the question, see generate.
+        Read questions (N, S) and thoughts (N, T) behind them, T >= 0, in one pass. Returns log-probabilities
+        and entropies (N, T) of thoughts, 0 behind a row's end_thought, and logits (N, d_normal_vocab) of the
+        answer, which is written in place of a next thought: at the last one or, without any, at the end of
+        the question. positions: (S,).
         """
         (N, S), T, choices = question.shape, thoughts.shape[1], self.thought_range(fixed)
         positions = count_on(positions, S, T, question.device)
@@ -569,8 +466,9 @@ class GPT2Thinking(GPT2):
 
     def allowed(self, n_thoughts, think_len, fixed=True):
         """
-        Which tokens may come next in a text with thoughts, (..., d_vocab_total) of bool, where n_thoughts (...) stand
-        behind the last normal token. fixed: think_len thoughts before every normal token; else at most as many.
+        Which tokens may come next in a text with thoughts, (..., d_vocab_total) of bool, if n_thoughts (...)
+        stand behind the last normal token. fixed: think_len thoughts before every normal token; else at most
+        as many.
         """
         full = (n_thoughts >= think_len)[..., None]
         token = torch.arange(self.config.d_vocab, device=full.device)
@@ -581,11 +479,10 @@ class GPT2Thinking(GPT2):
     def write(self, prompt, n_new, think_len, *, fixed=True, n_rollouts=1, noise=None, text=None, thoughts=None,
               use_cache=True, **sampling):
         """
-        Continue prompts (B, S) until n_new normal tokens are written, with thoughts between them, see allowed. Returns
-        tokens (N, T); rows that are done before others are filled up with end_thought.
-
-        noise: (N, n_new (think_len + 1)), as in generate, as are n_rollouts, use_cache and sampling. text: (N, n_new),
-        normal tokens to write instead of sampled ones. thoughts: shaped like noise, the same for thoughts.
+        Continue prompts (B, S) until n_new normal tokens are written, with thoughts between them, see
+        allowed. Returns tokens (N, T); rows that are done are filled up with end_thought. noise: (N, n_new
+        (think_len + 1)), as in generate, as are n_rollouts, use_cache and sampling. text: (N, n_new), normal
+        tokens to write instead of sampled ones. thoughts: shaped like noise, the same for thoughts.
         """
         S, N, config, longest = prompt.shape[1], len(prompt) * n_rollouts, self.config, n_new * (think_len + 1)
         if S + longest - 1 > config.block_size:
@@ -614,8 +511,8 @@ class GPT2Thinking(GPT2):
 
     def written_log_probs(self, prompt, tokens, think_len, fixed=True):
         """
-        Log-probabilities and entropies (N, T), with gradient, of tokens (N, T) that write continued prompts (N, S) by:
-        among what was allowed at each place, at temperature 1; 0 where a row is filled up.
+        Log-probabilities and entropies (N, T), with gradient, of tokens (N, T) that write continued prompts
+        (N, S) by: among what was allowed at each place, at temperature 1; 0 where a row is filled up.
         """
         place, normal = torch.arange(1, tokens.shape[1] + 1, device=tokens.device), tokens < self.config.d_normal_vocab
         since = place - (place * normal).cummax(1).values                   # (N, T) thoughts behind the last normal one
@@ -630,22 +527,22 @@ class GPT2Thinking(GPT2):
     def think_everywhere(self, tokens, noise, *, thought_kind='token', readers='own', fixed=True, at_once=1,
                          given=None, **sampling):
         """
-        Think at every position of text at once: one pass over S positions for each of T thoughts. The thoughts of a
-        position follow on its token as if the text behind it were not there; it sees the text up to itself and its own
-        thoughts (a diagonal of the mask for each, as in Quiet-STaR, Zelikman et al. 2024).
+        Think at every position of a text at once: one pass over S positions for each of T thoughts. A
+        position sees the text up to itself and its own thoughts, as if nothing came behind (a diagonal of the
+        mask for each thought, as in Quiet-STaR, Zelikman et al. 2024).
 
-        tokens: (B, S), S + T at most block_size. noise: (N, S, T), see utils.sample; N / B rollouts of each row.
-        thought_kind: 'token' | 'straight_through', tokens whose gradient is that of their probabilities | 'continuous',
-        the last state itself is read again (Hao et al. 2024), marked as a thought, and there are no tokens.
-        readers: 'own' | 'later': whether later positions see the thoughts of earlier ones, up to the same thought.
-        fixed: always T thoughts; or end_thought ends those of a position, see think.
-        at_once: thoughts that are written from one state and read in one pass, as the sum of their embeddings; each has
-        an equal part of the thought tokens to choose from (the categoricals of Hafner et al. 2021). Divides T.
-        given: (N, S, T) thoughts to read instead of sampled ones. sampling: see utils.sample.
+        tokens: (B, S), S + T at most block_size. noise: (N, S, T), see utils.sample; N / B rollouts of each
+        row. thought_kind: 'token' | 'straight_through', tokens whose gradient is that of their probabilities
+        | 'continuous', the last state is read again (Hao et al. 2024), marked as a thought. readers: 'own' |
+        'later': whether later positions see a position's thoughts too. fixed: T thoughts; or end_thought ends
+        them, see think. at_once: thoughts that are written from one state and read in one pass, as the sum of
+        their embeddings, each from its own part of the thought tokens (the categoricals of Hafner et al.
+        2021); divides T. given: (N, S, T) thoughts to read, not sampled ones.
 
-        Returns, all with gradient: thoughts (N, S, T); their log-probabilities and entropies (N, S, T), 0 behind
-        end_thought; states (B, S, d_model) without thoughts; states (N, S, d_model) at the last thought, to predict the
-        next token by. With config.gate, these are the states without thoughts plus a learned share of the others.
+        Returns, with gradient: thoughts (N, S, T); their log-probabilities and entropies (N, S, T), 0 behind
+        end_thought; states (B, S, d_model) without thoughts; states (N, S, d_model) at the last thought, to
+        predict the next token by. With config.gate, these are the states without thoughts plus a learned
+        share of those with them.
         """
         (B, S), (N, _, T), choices = tokens.shape, noise.shape, self.thought_range(fixed)
         if S + T > self.config.block_size:
@@ -693,10 +590,10 @@ class GPT2Thinking(GPT2):
     @staticmethod
     def from_normal(model, d_thought_vocab, spread=1., **more):
         """
-        Grow a normal GPT2 by d_thought_vocab thoughts and end_thought. Old rows of embedding and unembedding are
-        copied, so the logits of normal tokens stay what they were. New rows are drawn around the mean of the old ones,
-        with their standard deviation times spread, which decides how certain thoughts are at first. more: fields of
-        ThinkingModelConfig, such as gate, or a larger block_size, for which embeddings of positions are added.
+        Grow a normal GPT2 by d_thought_vocab thoughts and end_thought. Old rows of embedding and unembedding
+        are copied, so the logits of normal tokens stay the same. New rows are drawn around the mean of the
+        old ones with spread times their standard deviation: how certain thoughts are at first. more: fields
+        of ThinkingModelConfig, such as a larger block_size, for which positions are added in the same way.
         """
         shape = {name: value for name, value in asdict(model.config).items() if name != 'd_vocab'}
         shape |= {'d_normal_vocab': model.config.d_vocab, 'd_thought_vocab': d_thought_vocab, **more}
@@ -717,18 +614,109 @@ class GPT2Thinking(GPT2):
         return grown
 
 
-# ---- models in checkpoints ----------------------------------------------------------------------
+# ---- keys and values that were computed before ----
+
+class KVCache:
+    """
+    Keys and values (B, H, S, D) of each layer at the positions a model has read. They grow as tokens are
+    appended, and gradients pass through. Given a config and sizes, they are written into memory that is
+    reserved once, without gradients: faster for many tokens.
+    """
+
+    def __init__(self, config=None, n_rows=0, n_positions=0, device=None, dtype=None):
+        self.kv, self.length, self.positions = {}, 0, None
+        self.reserved = config is not None
+        self.fast = False       # whether a kernel of ours reads it
+        if self.reserved:
+            shape = n_rows, config.n_head, n_positions, config.d_model // config.n_head
+            self.kv = {layer: [torch.empty(shape, device=device, dtype=dtype) for _ in 'kv']
+                       for layer in range(config.n_layer)}
+            self.fast = has_kernel(device, shape[-1])
+            self.on_device = torch.zeros((), dtype=torch.int32, device=device)      # length, for the kernel
+
+    def append(self, layer, k, v):
+        """Store k, v (B, H, S, D) of new tokens. Returns all keys and values so far."""
+        if self.reserved:
+            end = self.length + k.shape[2]
+            for kept, new in zip(self.kv[layer], (k, v)):
+                kept[:, :, self.length:end] = new
+            return [kept[:, :, :end] for kept in self.kv[layer]]
+        if layer in self.kv:
+            k, v = (torch.cat([kept, new], dim=2) for kept, new in zip(self.kv[layer], (k, v)))
+        self.kv[layer] = [k, v]
+        return self.kv[layer]
+
+    def place(self, positions):
+        """Note the positions (S,) of tokens that all layers are about to append. Returns those of all tokens."""
+        self.positions = positions if self.positions is None else torch.cat([self.positions, positions])
+        return self.positions
+
+    def grow(self, n):
+        """Count n tokens that all layers have appended."""
+        self.length += n
+        if self.fast:
+            self.on_device += n
+
+    def repeat(self, n):
+        """Repeat every row n times, side by side: the cache of one question serves all its rollouts."""
+        self.kv = {layer: [kept.repeat_interleave(n, dim=0) for kept in kv] for layer, kv in self.kv.items()}
+
+    def select(self, rows):
+        """Keep only these rows (n,), in this order, some perhaps several times."""
+        self.kv = {layer: [kept[rows] for kept in kv] for layer, kv in self.kv.items()}
+
+
+# ---- weights from and to Hugging Face ----
+
+HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')    # transformers keeps these as (in, out)
+HF_FIXED = {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
+            'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
+
+
+def from_pretrained(source):
+    """
+    A GPT2 with the weights of a Hugging Face GPT-2: a local folder, or a hub name such as 'gpt2' or
+    'gpt2-xl'. Raises ValueError, in one line, if there are no such weights, or if this file cannot express
+    the model.
+    """
+    transformers = need('transformers', 'to load pretrained weights')
+    try:
+        c = transformers.AutoConfig.from_pretrained(source)
+        if c.model_type != 'gpt2':
+            raise ValueError(f'{source} is not a GPT-2 but a {c.model_type}')
+        odd = [name for name, usual in HF_FIXED.items() if getattr(c, name) != usual]
+        if odd or c.n_inner not in (None, 4 * c.n_embd):
+            raise ValueError(f'{source} is not a plain GPT-2: {", ".join(odd) or "n_inner"} differs')
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(f'no GPT-2 weights at {source}: {str(error).strip().splitlines()[0]}') from error
+    model = GPT2(ModelConfig(d_vocab=c.vocab_size, block_size=c.n_positions, n_layer=c.n_layer, n_head=c.n_head,
+                             d_model=c.n_embd, tie_weights=c.tie_word_embeddings))
+    state = {name.removeprefix('transformer.'): p for name, p in theirs.state_dict().items()}
+    model.load_state_dict({name: p.t() if name.endswith(HF_TRANSPOSED) else p for name, p in state.items()})
+    return model
+
+
+def save_pretrained(model, folder):
+    """Write config.json and model.safetensors for transformers' GPT2LMHeadModel.from_pretrained."""
+    transformers, c = need('transformers', 'to export weights'), model.config
+    if c.reads != c.writes or c.position_encoding != 'learned':
+        raise ValueError('only a model with learned positions that writes what it reads can be exported')
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.d_vocab, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.d_model,
+        tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None))
+    theirs.load_state_dict({('' if name.startswith('lm_head') else 'transformer.') + name:
+                            p.t() if name.endswith(HF_TRANSPOSED) else p for name, p in model.state_dict().items()})
+    theirs.save_pretrained(folder)
+
+
+# ---- models in checkpoints ----
 
 MODELS = {'ModelConfig': (ModelConfig, GPT2), 'ThinkingModelConfig': (ThinkingModelConfig, GPT2Thinking)}
 
 
-def pack(model):
-    """A model as numbers, text and tensors, to be stored in a checkpoint."""
-    return {'kind': type(model.config).__name__, 'config': asdict(model.config), 'state': model.state_dict()}
-
-
 def unpack(packed):
-    """The model that pack took apart. Raises ValueError if something in it does not fit."""
+    """The model that utils.pack took apart. Raises ValueError if something in it does not fit."""
     try:
         Config, Model = MODELS[packed['kind']]
         model = Model(Config(**packed['config']))
@@ -747,9 +735,9 @@ def find_model(checkpoint, name='model'):
 
 def make_model(config, checkpoint=None, name='model', spread=1.):
     """
-    A new model of this shape or, given a checkpoint, the model called name in it. If the shape is that of a thinking
-    model and the checkpoint has a normal one, it is grown, see from_normal. Raises ValueError if the checkpoint has no
-    such model, or one of another shape.
+    A new model of this shape or, given a checkpoint, the model called name in it; a normal one is grown if
+    the shape is that of a thinking one, see from_normal. Raises ValueError if there is no such model, or one
+    of another shape.
     """
     if checkpoint is None:
         return MODELS[type(config).__name__][1](config)
@@ -766,7 +754,7 @@ def make_model(config, checkpoint=None, name='model', spread=1.):
 
 
 def lagged_copy(model, checkpoint=None):
-    """A copy of a model that does not learn by itself; with a checkpoint that has one called lagged, that one."""
+    """A copy of a model that does not learn; from a checkpoint that has one called lagged, that one."""
     lagged = copy.deepcopy(model).requires_grad_(False)
     if checkpoint and 'lagged' in checkpoint['models']:
         lagged.load_state_dict(find_model(checkpoint, 'lagged').state_dict())

@@ -1,339 +1,310 @@
 """
 Text: thoughts before every next token. Without thoughts it is ordinary GPT training, the baseline.
 
-    tokens 0..t of a text   ->   T thoughts   ->   token t + 1,   for every t of a sequence at once
+    tokens 0..t of a text  ->  T thoughts  ->  token t + 1,   for every t of a sequence at once
 
-One model reads text, thinks and predicts, and nobody tells it what a thought means. By default eight tokens are thought
-at once, by gradient: that of a token is that of its probabilities (straight-through, Bengio et al. 2013). Or by reward:
-log p(the next token), compared with other thoughts of the same position, so that nobody is paid for easy tokens.
+One model reads text, thinks and predicts. Nobody tells it what a thought means.
 
-    python prepare_data.py                                                        # Shakespeare, by character
-    python supervised_rollout_think.py
-    python supervised_rollout_think.py --think_len=0                              # the baseline: a GPT
-    python supervised_rollout_think.py --thoughts=filler                          # a control: the same thoughts always
-    python supervised_rollout_think.py --thought=continuous --gate=none --think_len=1 --at_once=1       # no tokens
-    python supervised_rollout_think.py --thought=token --temperature=1            # by reward
+    python prepare_data.py                                          # Shakespeare, by character
+    python supervised_rollout_think.py                              # eight thoughts before every character
+    python supervised_rollout_think.py --think_len=0                # the baseline: a GPT
+    python supervised_rollout_think.py --thoughts=filler            # a control: the same thoughts everywhere
+    python supervised_rollout_think.py --thought_kind=token         # thoughts that are learned by reward
+    python supervised_rollout_think.py --thought_kind=continuous --gate=none --think_len=1 --at_once=1
     python supervised_rollout_think.py --gate=learned --init_from=out/supervised_rollout_think/think_len=0/ckpt.pt
-    torchrun --standalone --nproc_per_node=2 supervised_rollout_think.py
+    torchrun --standalone --nproc_per_node=2 supervised_rollout_think.py    # the same update, by two processes
 
-Each step: a batch of sequences; G rollouts of T thoughts at each of their positions, one pass over all positions for
-each thought (Quiet-STaR, Zelikman et al. 2024), or for those that are written at once; cross-entropy of the next
-tokens; and by reward the policy gradient (Williams 1992) on the thoughts, with the mean reward of the position's group
-as baseline (Dr. GRPO, Liu et al. 2025) or what a lagged copy gets that does not think (RLP, Hatamizadeh et al. 2025).
-There is no clipping of ratios and no KL term, as each rollout is used once. What is seen with thoughts is added to what
-is seen without, by a gate (in Quiet-STaR it mixes logits); --gate=learned begins with nothing, at the loss of a model
-that does not think.
+By default thoughts are learned by gradient: eight tokens are written at once, and each passes on the gradient
+to its probabilities (straight-through, Bengio et al. 2013). With thought_kind=token they are learned by
+reward. Each position has G rollouts of its thoughts, which are paid log p(next token). The policy gradient
+(Williams 1992) compares them with the mean of their position (Dr. GRPO, Liu et al. 2025), so that nobody is
+paid for easy tokens, or with a lagged copy of the model that does not think (RLP, Hatamizadeh et al. 2025).
+There is no clipping, KL term or importance weight, as each rollout is used once.
+
+All positions think at the same time, in one pass per thought (Quiet-STaR, Zelikman et al. 2024), or per group
+of thoughts that are written at once. Quiet-STaR mixes logits with and without thoughts. Here states are added:
+with --gate=learned those with thoughts count for nothing at first, so training starts at the loss of the model
+without thoughts.
 """
-import copy
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import GPT2, GPT2Thinking, ModelConfig, find_model, make_model, pack
+from model import GPT2, GPT2Thinking, ModelConfig, find_model, lagged_copy, make_model
 from utils import (Run, World, ablations, advantages, fail, load_checkpoint, load_text, make_optimizer, peak_flops,
                    read_knobs, sample, schedule, show_tokens, user_errors)
 
-# ---- knobs ----------------------------------------------------------------------------------------------------------
+# ---- knobs ----
 
-data = 'data/shakespeare_char'  # folder that prepare_data.py made
-batch_size = 12                 # sequences per step, over all processes
-accumulate = 1                  # parts that a process works through its share of them in, for less memory
-text_len = 64                   # S: tokens of a sequence
-max_steps = 2000                # updates
-max_seconds = 1e6               # stop after this wall-clock time
-learning_rate = 2e-3            # falls to a tenth of it, as a cosine
+data = 'data/shakespeare_char'    # folder that prepare_data.py made
+text_len = 64                 # S: tokens of a sequence
+batch_size = 16               # sequences per step, over all processes
+micro_batch = 0               # sequences that are read at once for the gradient; 0: all of a process's share
+max_steps = 2000              # updates
+max_seconds = 1e6             # stop after this wall-clock time
+learning_rate = 2e-3          # falls to a tenth of it, as a cosine
 weight_decay = .1
-beta2 = .99                     # of AdamW
-clip = 1.                       # largest norm of the gradient; 0: any
-warmup_steps = 100              # steps over which the learning rate rises
-n_layer = 4
+beta2 = .99                   # of AdamW
+clip = 1.                     # largest norm of the gradient; 0: any
+warmup_steps = 100            # steps over which the learning rate rises
+n_layer = 1
 n_head = 4
 d_model = 128
-dropout = 0.                    # share of numbers dropped in training; several processes drop others than one
-init = 'gpt2'                   # 'gpt2' | 'unit': see init_weights in model.py; unit has two matrices for tokens
-thoughts = 'own'                # 'own' | 'filler' | 'random': controls read the same thought always, or any
-thought = 'straight_through'    # 'token' | 'straight_through' | 'continuous': see think_everywhere in model.py
-readers = 'later'               # 'own' | 'later': who sees the thoughts of a position: itself, or later ones as well
-positions = 'all'               # 'all' | 'last': all of a sequence think, or the last, by the slow code (to compare)
-d_thought_vocab = 512           # L: thought tokens
-think_len = 8                   # T: thoughts before each token; 0: none, ordinary training
-at_once = 8                     # of these written and read in one pass, each with its own part of the thought tokens
-fixed = True                    # always T thoughts; False: up to T, end_thought ends them
-think_cost = .01                # what a thought costs if their number is not fixed, nats
-group_size = 4                  # G: rollouts of a position, with thought = 'token'
-gate = 'open'                   # 'learned' | 'open' | 'none' | 'closed': the answer is what is seen without thoughts
-                                # plus a share, 0 | 1 at first, of what is seen with them | the latter | the former
-plain_weight = 0.               # weight of predicting without thoughts too
-policy_weight = 1.              # weight of the policy gradient, with thought = 'token'; 0: they are not trained
-baseline = 'group'              # 'group' | 'no_think': mean of the position's group, or a lagged copy without thoughts
-advantage = 'dr_grpo'           # 'dr_grpo' | 'grpo' | 'rloo' | 'quantile' | 'softmax' | 'softmax_quantile' |
-                                # 'softmax_centred' | 'best': with baseline group, see utils.py
-tau = 1.                        # temperature of the three softmax
-gamma = 0.                      # thoughts are paid for the tokens after the next, too, each gamma times the one before
-spread = 3.                     # size of the embeddings of thoughts at first, those of text are 1: how certain they are
-temperature = 0.                # of thoughts in training; 1 is what the policy gradient is of, 0 the most likely ones
-epsilon = 0.                    # share of thoughts that are drawn at random
-entropy_weight = .01            # of a bonus for the entropy of thoughts that are paid, falls to zero
-eval_every = 250                # steps between evaluations, each with a checkpoint and samples
-eval_sequences = 400            # sequences per evaluation, evenly from all of val
-log_every = 10                  # steps between lines of metrics.jsonl
-seed = 0                        # of weights, batches and thoughts
-device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
-dtype = 'float32'               # 'float32' | 'bfloat16'
-compile = False                 # compile the model, quicker after a minute or two
-init_from = 'scratch'           # scratch, resume, or the path of a checkpoint to take weights from, thinking or normal
-reference = ''                  # path of a checkpoint without thoughts; its loss on the same text is reported as well
-eval_only = False               # evaluate, train nothing, write nothing
-out_dir = ''                    # folder of the run; empty: out/supervised_rollout_think/<changed knobs>
-wandb_mode = 'disabled'         # 'disabled' | 'offline' | 'online'
+dropout = 0.                  # share of numbers dropped in training; differs with the number of processes
+thoughts = 'own'              # 'own' | 'filler' | 'random': whose are read; filler is always the first thought token
+thought_kind = 'straight_through'    # 'token' | 'straight_through' | 'continuous': see think_everywhere in model.py
+readers = 'later'             # 'own' | 'later': who sees a position's thoughts: only itself, or later positions too
+d_thought_vocab = 512         # L: thought tokens
+think_len = 8                 # T: thoughts before each token; 0: none, ordinary training
+at_once = 8                   # thoughts that are written and read in one pass, each from its own part of the L tokens
+fixed = True                  # always T thoughts; False: up to T, end_thought ends them
+think_cost = .01              # what a thought costs if their number is not fixed, nats
+group_size = 4                # G: rollouts of a position, if thoughts are tokens
+gate = 'open'                 # 'open' | 'learned' | 'none' | 'closed': what the prediction is read from: the state
+                              # without thoughts plus a learned share, 1 or 0 at first, of the state with them; only
+                              # the state with thoughts; only the state without
+policy_weight = 1.            # of the policy gradient, if thoughts are tokens; 0: they are not trained
+baseline = 'group'            # 'group' | 'no_think': mean of the rollouts, or log p of a lagged copy without thoughts
+entropy_weight = .01          # of a bonus for the entropy of thoughts that are paid; falls to zero
+eval_every = 250              # steps between evaluations, each with a checkpoint and samples
+eval_sequences = 400          # sequences per evaluation, evenly from all of val
+log_every = 10                # steps between lines of metrics.jsonl
+seed = 0                      # of weights, batches and thoughts
+device = 'auto'               # auto, cpu, cuda, cuda:1, mps
+dtype = 'float32'             # 'float32' | 'bfloat16'
+compile = False               # compile the model, faster after a minute or two
+init_from = 'scratch'         # scratch, resume, or the path of a checkpoint to take weights from, thinking or normal
+reference = ''                # path of a checkpoint without thoughts, whose loss on the same text is reported as well
+eval_only = False             # evaluate, train nothing, write nothing
+out_dir = ''                  # folder of the run; empty: out/supervised_rollout_think/<changed knobs>
+wandb_mode = 'disabled'       # 'disabled' | 'offline' | 'online'
 
-# ---- set-up ---------------------------------------------------------------------------------------------------------
+# ---- set-up ----
 
 knobs = read_knobs(__file__, globals())
-thinks = thoughts == 'own' and think_len > 0
-learns = thinks and thought == 'token' and policy_weight > 0        # by reward
-if learns and group_size < 2 and baseline == 'group':
+paid = thoughts == 'own' and think_len and thought_kind == 'token' and policy_weight
+legible = thoughts == 'own' and think_len and thought_kind != 'continuous'      # tokens that can be shown, and replaced
+if paid and baseline == 'group' and group_size < 2:
     fail(f'baseline=group compares the rollouts of a group: group_size={group_size} must be at least 2')
-if baseline != 'group' and 'advantage' in knobs.changed:
-    fail(f'advantage={advantage} needs --baseline=group')
-if learns and not temperature:
-    fail('the rollouts of a group would all be the most likely one: --temperature=1')
-if not fixed and (thoughts != 'own' or thought != 'token'):
-    fail(f'thoughts={thoughts}, thought={thought} have no end to choose: --fixed=True, or --thought=token')
-if positions == 'last' and (gate != 'none' or readers == 'later' or thought != 'token' or at_once > 1 or not think_len):
-    fail('positions=last is for single tokens that their position reads: --gate=none --readers=own --thought=token '
-         '--temperature=1 --at_once=1')
-if at_once > 1 and (thought == 'continuous' or not fixed):
-    fail('states are read, and thoughts ended, one at a time: --at_once=1')
+if not fixed and (thoughts != 'own' or thought_kind != 'token'):
+    fail(f'thoughts={thoughts}, thought_kind={thought_kind} have no end to choose: --fixed=True, or own tokens')
+if at_once > 1 and (thought_kind == 'continuous' or not fixed):
+    fail('continuous thoughts, and thoughts that may end, are written one at a time: --at_once=1')
 if think_len % at_once or d_thought_vocab % at_once:
     fail(f'at_once={at_once} must divide think_len={think_len} and d_thought_vocab={d_thought_vocab}')
-if init == 'unit' and dropout:
-    fail('init=unit is for small models: --dropout=0')
 world = World(knobs)
-if batch_size // world.size % accumulate:
-    fail(f'accumulate={accumulate} does not divide the {batch_size // world.size} sequences of a process')
+if micro_batch and batch_size // world.size % micro_batch:
+    fail(f'micro_batch={micro_batch} does not divide the {batch_size // world.size} sequences of a process')
+G = group_size if thought_kind == 'token' and thoughts != 'filler' else 1
+# The policy gradient is that of temperature 1. Other kinds of thoughts take the most likely token.
+temperature = 1. if thought_kind == 'token' else 0.
 
-# ---- data -----------------------------------------------------------------------------------------------------------
+# ---- data ----
 
 train_set, val_set, d_vocab, decode = load_text(data)
 if min(len(train_set), len(val_set)) < text_len + 2:
     fail(f'{data} has no {text_len + 1} tokens in a row: a smaller --text_len')
 
 
-def draw(step):
-    """
-    The batch of a step: this process's sequences (B, S) and the tokens (B, S) that come next. Seed and step decide it,
-    so that runs with thoughts and without read the same.
-    """
-    starts = np.random.default_rng([seed, step]).integers(len(train_set) - text_len, size=batch_size)
-    return cut(train_set, world.share(torch.from_numpy(starts)))
-
-
 def cut(tokens, starts):
-    """Sequences (n, S) that start there, and the tokens (n, S) that come next."""
+    """Sequences (n, S) of a text that begin at starts (n,), and the tokens (n, S) that come next."""
     rows = torch.from_numpy(tokens[starts.numpy()[:, None] + np.arange(text_len + 1)].astype(np.int64))
     rows = rows.to(world.device, non_blocking=True)
     return rows[:, :-1], rows[:, 1:]
 
 
-# ---- model ----------------------------------------------------------------------------------------------------------
+def draw(step):
+    """A step's sequences and next tokens (B, S) of this process; the same with thoughts and without."""
+    starts = np.random.default_rng([seed, step]).integers(len(train_set) - text_len, size=batch_size)
+    return cut(train_set, world.share(torch.from_numpy(starts)))
 
+
+# ---- model, optimiser, run ----
+
+SPREAD = 3.     # the larger the embeddings of thoughts at first, the more certain are thoughts; those of text are 1
 with user_errors():
     config = ModelConfig(d_vocab=d_vocab, block_size=text_len, n_layer=n_layer, n_head=n_head, d_model=d_model,
-                         dropout=dropout, init=init, tie_weights=init == 'gpt2')
-    model = GPT2(config)        # what it knows of text at first is the same with thoughts and without
+                         dropout=dropout)
+    model = GPT2(config)        # starts with the same weights for text, with thoughts and without
     if think_len:
-        model = GPT2Thinking.from_normal(model, d_thought_vocab, spread=spread, block_size=text_len + think_len,
+        model = GPT2Thinking.from_normal(model, d_thought_vocab, SPREAD, block_size=text_len + think_len,
                                          gate={'learned': 0., 'open': 1.}.get(gate))
-        config = model.config
     if knobs.checkpoint:
-        model = make_model(config, knobs.checkpoint, spread=spread)
-    model.to(world.device)
-models = {'model': model}
-if learns and baseline == 'no_think':       # a lagged copy that does not think
-    models['lagged'] = copy.deepcopy(model).requires_grad_(False)
-    if init_from == 'resume':
-        models['lagged'].load_state_dict(make_model(config, knobs.checkpoint, 'lagged').state_dict())
-if reference:
-    with user_errors():
-        other = find_model(load_checkpoint(reference)).to(world.device)
-    if other.config.d_vocab != d_vocab or other.config.block_size < text_len:
-        fail(f'reference={reference} is no normal model of {d_vocab} tokens that reads {text_len} of them')
+        model = make_model(model.config, knobs.checkpoint, spread=SPREAD)
+    models = {'model': model.to(world.device)}
+    if paid and baseline == 'no_think':
+        models['lagged'] = lagged_copy(model, knobs.checkpoint).eval()
+    other = find_model(load_checkpoint(reference)).to(world.device).eval() if reference else None
+if other and (other.config.d_vocab != d_vocab or other.config.block_size < text_len):
+    fail(f'reference={reference} is no normal model of {d_vocab} tokens that reads {text_len} of them')
 normal_tokens = range(d_vocab)
 thought_tokens = range(d_vocab, d_vocab + d_thought_vocab)
-SAMPLING = {'temperature': temperature, 'epsilon': epsilon}
-G = group_size if think_len and (thinks and thought == 'token' or thoughts == 'random') else 1
-powers = torch.arange(text_len, device=world.device)
-powers = torch.where(powers[:, None] >= powers, gamma ** (powers[:, None] - powers).clamp(min=0.), 0.)    # (S, S)
-
-# ---- optimiser and run ----------------------------------------------------------------------------------------------
+end_thought = thought_tokens.stop
 
 optimizer = make_optimizer(model, learning_rate, weight_decay, betas=(.9, beta2))
 run = Run(knobs, world, [optimizer])
 
+# ---- thinking and predicting ----
 
-def save(step, file='ckpt.pt'):
-    run.save(step, {name: pack(each) for name, each in models.items()}, file)
-
-
-# ---- thinking and predicting ----------------------------------------------------------------------------------------
-
-def think(x, noise, given=None, **how):
+def think(x, noise, temperature=temperature, given=None):
     """
-    Thoughts at every position of text x (B, S) by noise (N, S, T), or given ones, and states to predict by, as
-    think_everywhere in model.py returns them.
+    Think at every position of text x (B, S) with noise (N, S, T), N / B rollouts of each row, or read given thoughts
+    (N, S, T). Returns thoughts, their log-probabilities and entropies (N, S, T), states (B, S, d_model) without
+    thoughts, and states (N, S, d_model) to predict from.
     """
-    if thoughts == 'filler' and given is None:
-        given = torch.full(noise.shape, thought_tokens.start, device=noise.device)
-    if thoughts == 'random' and given is None:
-        given = thought_tokens.start + (noise * d_thought_vocab).long()
-    *written, plain, last = model.think_everywhere(x, noise, thought=thought, readers=readers, fixed=fixed,
-                                                   at_once=at_once, given=given, **how)
+    if not think_len:
+        states = model.hidden(x)
+        return noise, noise, noise, states, states
+    if thoughts != 'own' and given is None:
+        given = thought_tokens.start + (noise * d_thought_vocab * (thoughts == 'random')).long()
+    *written, plain, last = model.think_everywhere(x, noise, thought_kind=thought_kind, readers=readers, fixed=fixed,
+                                                   at_once=at_once, given=given, temperature=temperature)
     return *written, plain, plain.repeat_interleave(len(noise) // len(x), dim=0) if gate == 'closed' else last
 
 
 def loss_at(states, y, by=model):
-    """Cross-entropy (n, S) of next tokens y (n, S), predicted by states (n, S, d_model); nats."""
+    """Cross-entropy (n, S) of next tokens y (n, S), predicted from states (n, S, d_model); nats."""
     logits = by.logits(states, normal_tokens).float()
     return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction='none').view(y.shape)
 
 
-def losses(x, y, noise, bonus):
-    """The loss for sequences x (B, S) and next tokens y (B, S) by noise (N, S, T), and what to log: tensors by name."""
-    if not think_len:
-        loss = model.loss(x, y)
-        return loss, {'loss': loss.detach()}
-    n_rollouts = len(noise) // len(x)
-    if positions == 'last':
-        tokens = model.think(x, think_len, fixed=fixed, n_rollouts=n_rollouts, noise=noise[:, -1], **SAMPLING).tokens
-        prompt, y = x.repeat_interleave(n_rollouts, dim=0), y[:, -1:]
-        log_pi, entropy, logits = model.think_and_answer(prompt, tokens, fixed, close=False)
-        tokens, log_pi, entropy = tokens[:, None], log_pi[:, None], entropy[:, None]                # (N, 1, T)
-        right = -F.cross_entropy(logits.float(), y.repeat_interleave(n_rollouts), reduction='none')[:, None]    # (N, 1)
-    else:
-        tokens, log_pi, entropy, plain, last = think(x, noise, **SAMPLING)
-        right = -loss_at(last, y.repeat_interleave(n_rollouts, dim=0))                              # (N, S)
-    loss = -right.mean()
-    logged = {'loss': loss.detach()}
-    if plain_weight or learns and baseline == 'no_think':
-        without = loss_at(plain, y)                                                                 # (B, S)
-        loss = loss + (plain_weight or 1.) * without.mean()
-        logged['loss_without'] = without.detach().mean()
-
-    # what the thoughts are paid, compared with the baseline
-    if learns:
-        n = y.shape[1]
-
-        def by_position(rewards):       # (N, n) -> (B n, N / B), paid for later tokens too
-            rewards = rewards @ powers[:n, :n]
-            return rewards.view(len(x), -1, n).transpose(1, 2).flatten(0, 1)
-        rewards = right.detach()
-        if not fixed:
-            rewards = rewards - think_cost * (tokens != config.end_thought).sum(-1)
-        base = 0.
-        if baseline == 'no_think':
-            with torch.no_grad():
-                base = by_position(-loss_at(models['lagged'].hidden(x), y, models['lagged']))       # (B n, 1)
-        rewards = by_position(rewards)                                                              # (B n, G)
-        weights = advantages(rewards, advantage if baseline == 'group' else 'reinforce', tau, base)
-        chosen = log_pi.sum(-1).view(len(x), -1, n).transpose(1, 2).flatten(0, 1)                   # (B n, G)
-        loss = loss - policy_weight * (weights * chosen).sum(1).mean() - bonus * entropy.sum(-1).mean()
-        logged |= {'reward_std_in_group': rewards.std(1, correction=0).mean(), 'entropy': entropy.detach().mean(),
-                   'thoughts': (tokens != config.end_thought).sum(-1).float().mean()}
-    return loss, logged
+def by_position(x):
+    """Numbers (B G, S) of rollouts as groups (B S, G)."""
+    return x.view(-1, G, text_len).transpose(1, 2).flatten(0, 1)
 
 
-# ---- evaluation -----------------------------------------------------------------------------------------------------
+# ---- three ways to learn ----
+# Each returns the loss for sequences x (B, S) with next tokens y (B, S), and what to log. noise (B G, S, T) draws the
+# thoughts, bonus is what their entropy is worth.
+
+def ordinary(x, y, noise, bonus):
+    """A GPT without thoughts."""
+    loss = model.loss(x, y)
+    return loss, {'loss': loss}
+
+
+def by_gradient(x, y, noise, bonus):
+    """Thoughts learn what lowers the loss: its gradient passes through them, unless they are plain tokens."""
+    *_, last = think(x, noise)
+    loss = loss_at(last, y.repeat_interleave(G, dim=0)).mean()
+    return loss, {'loss': loss}
+
+
+def by_reward(x, y, noise, bonus):
+    """Thoughts are paid log p(next token), less what they cost, and compared with the baseline."""
+    thought, log_pi, entropy, plain, last = think(x, noise)                 # (B G, S, T)
+    log_p_next = -loss_at(last, y.repeat_interleave(G, dim=0))              # (B G, S)
+    loss, n_thoughts = -log_p_next.mean(), model.n_thoughts(thought)
+    seen = {'loss': loss, 'entropy': entropy.mean(), 'thoughts': n_thoughts.float().mean()}
+    rewards = by_position(log_p_next.detach() - (0. if fixed else think_cost * n_thoughts))     # (B S, G)
+    if baseline == 'group':
+        weights = advantages(rewards, 'dr_grpo')
+    else:       # the model learns to predict without thoughts too, and the copy follows it
+        seen['loss_without'] = loss_at(plain, y).mean()
+        loss = loss + seen['loss_without']
+        with torch.no_grad():
+            without = -loss_at(models['lagged'].hidden(x), y, models['lagged'])                 # (B, S)
+        weights = advantages(rewards, 'reinforce', baseline=without.view(-1, 1))
+    seen['reward_std_in_group'] = rewards.std(1, correction=0).mean()
+    policy_loss = -(weights * by_position(log_pi.sum(-1))).sum(1).mean()
+    return loss + policy_weight * policy_loss - bonus * entropy.sum(-1).mean(), seen
+
+
+learn = by_reward if paid else by_gradient if think_len else ordinary
+
+# ---- evaluation ----
 
 @torch.no_grad()
-def test(n=eval_sequences):
+def test():
     """
-    Losses (n, S) on sequences evenly from all of val, by name: 'own' with greedy thoughts, 'none' without, others with
-    what they are replaced by (see ablations in utils.py), 'reference' those of that model.
+    Losses (n, S) on sequences evenly from all of val, by what is read: 'own' greedy thoughts, others in their place (see
+    ablations in utils.py), 'none'; and 'reference', the losses of that model.
     """
-    starts, found = torch.linspace(0, len(val_set) - text_len - 1, n).long(), {}
+    starts, parts = torch.linspace(0, len(val_set) - text_len - 1, eval_sequences).long(), []
     generator = torch.Generator(world.device).manual_seed(seed)
-    for part in starts.split(max(1, 4096 // text_len)):
-        x, y = cut(val_set, part)
+    for some in starts.split(max(1, 4096 // text_len)):
+        x, y = cut(val_set, some)
+        noise = torch.rand(*x.shape, think_len, generator=generator, device=world.device)
         with world.autocast:
-            if reference:
-                found.setdefault('reference', []).append(loss_at(other.hidden(x), y, other))
-            if not think_len:
-                found.setdefault('own', []).append(loss_at(model.hidden(x), y))
-                continue
-            noise = torch.rand(*x.shape, think_len, generator=generator, device=world.device)
-            own, *_, plain, last = think(x, noise, **({'temperature': 0} if thinks else {}))
-            found.setdefault('own', []).append(loss_at(last, y))
-            others = ablations(own.flatten(0, 1), thought_tokens) if thinks and thought != 'continuous' else {}
-            for name, tokens in others.items():
-                if name not in ('own', 'none'):
-                    last = think(x, noise, given=tokens.view(own.shape))[-1]
-                    found.setdefault(name, []).append(loss_at(last, y))
-            found.setdefault('none', []).append(loss_at(plain, y))
-    return {name: torch.cat(parts).cpu() for name, parts in found.items()}
+            own, *_, plain, last = think(x, noise, temperature=0)
+            found = {'own': loss_at(last, y)}
+            others = ablations(own.flatten(0, 1), thought_tokens) if legible else {}
+            for name in others.keys() - {'own', 'none'}:
+                found[name] = loss_at(think(x, noise, given=others[name].view(own.shape))[-1], y)
+            if think_len:
+                found['none'] = loss_at(plain, y)
+            if other:
+                found['reference'] = loss_at(other.hidden(x), y, other)
+        parts.append(found)
+    return {name: torch.cat([found[name] for found in parts]).cpu() for name in parts[0]}
 
 
 def compare(found):
-    """Mean losses of test, and by how much each is above own, with its standard error over sequences; nats."""
+    """Mean losses of test, by how much each is above own, with its standard error over sequences; nats."""
     result = {'ablation': {name: loss.mean().item() for name, loss in found.items() if name != 'reference'}}
     apart = {name: (loss - found['own']).mean(1) for name, loss in found.items() if name != 'own'}      # (n,)
-    result['above_own'] = {name: [loss.mean().item(), (loss.std() / len(loss) ** .5).item() if len(loss) > 1 else None]
-                           for name, loss in apart.items()}
-    known = found.get('reference', found.get('none'))
-    if known is not None:       # losses on the fifth of tokens that are the easiest without thoughts, ..., the hardest
-        fifths = known.flatten().argsort().chunk(5)
-        result['by_difficulty'] = {name: [loss.flatten()[part].mean().item() for part in fifths]
-                                   for name, loss in found.items() if name in ('reference', 'none', 'own')}
+    result['above_own'] = {name: [x.mean().item(), (x.std() / len(x) ** .5).item() if len(x) > 1 else None]
+                           for name, x in apart.items()}
+    without = found.get('reference', found.get('none'))
+    if without is not None:     # the fifth of tokens that is the easiest without thoughts, ..., the hardest
+        fifths = without.flatten().argsort().chunk(5)
+        result['by_difficulty'] = {name: [found[name].flatten()[part].mean().item() for part in fifths]
+                                   for name in ('reference', 'none', 'own') if name in found}
     return result
 
 
+tail = torch.from_numpy(val_set[-text_len:].astype(np.int64)).to(world.device)[None]            # (1, S)
+
+
+def show(tokens):
+    """Text with thoughts (n,) in colours, without end_thought."""
+    return show_tokens(tokens[tokens != end_thought], config, decode, '')
+
+
 def evaluate(step):
-    """Report on val, show text with its thoughts, keep the best checkpoint. Returns the losses of test."""
+    """Report on val, show its end with thoughts, keep the best checkpoint. Returns the losses of test."""
     model.eval()
     found = test()
-    val_loss = found['own'].mean().item()
-    run.report(step, **{f'val_loss_{name}': loss.mean().item() for name, loss in found.items() if name != 'own'},
-               val_loss=val_loss)
-    shown = cut(val_set, torch.tensor([len(val_set) // 2 - text_len]))[0][..., None]                # (1, S, 1)
-    if thinks and thought != 'continuous':
-        noise = torch.zeros(*shown.shape[:2], think_len, device=world.device)
+    means = {name: loss.mean().item() for name, loss in found.items()}
+    val_loss = means.pop('own')
+    run.report(step, **{f'val_loss_{name}': mean for name, mean in means.items()}, val_loss=val_loss)
+    shown = tail[..., None]                                                                     # (1, S, 1)
+    if legible:
+        noise = torch.zeros(1, text_len, think_len, device=world.device)
         with torch.no_grad():
-            shown = torch.cat([shown, think(shown[..., 0], noise, temperature=0)[0]], dim=2)        # (1, S, 1 + T)
-    run.sample(show_tokens(shown.flatten(), config, decode, ''))
-    if -val_loss > run.best:
-        run.best = -val_loss
-        save(step, 'best.pt')
+            shown = torch.cat([shown, think(tail, noise, temperature=0)[0]], dim=2)             # (1, S, 1 + T)
+    run.sample(show(shown.flatten()))
+    run.save_best(step, -val_loss, models)
     return found
 
 
 @torch.no_grad()
 def write(n=200):
-    """A text of n tokens that the model writes, with its thoughts, as text in colours."""
-    x, shown = torch.zeros(1, 1, dtype=torch.long, device=world.device), []
+    """The end of val, and n tokens by which the model continues it, with its thoughts, in colours."""
+    text, written = tail, []
     for _ in range(n):
-        x = x[:, -text_len:]
+        x = text[:, -text_len:]
         noise = torch.rand(*x.shape, think_len + 1, generator=world.generator, device=world.device)
-        if think_len:
-            tokens, *_, states = think(x, noise[..., 1:], temperature=temperature)
-            shown += tokens[0, -1].tolist() if thinks else []
-        else:
-            states = model.hidden(x)
-        token = sample(model.logits(states[:, -1], normal_tokens), noise[:, -1, 0])[0]
-        x = torch.cat([x, token[:, None]], dim=1)
-        shown.append(token.item())
-    return show_tokens(torch.tensor(shown), config, decode, '')
+        thought, *_, last = think(x, noise[..., 1:])
+        token = sample(model.logits(last[:, -1], normal_tokens), noise[:, -1, 0])               # (1,)
+        text = torch.cat([text, token[:, None]], dim=1)
+        written += [*thought[0, -1], *token] if legible else [*token]
+    return f'{show(tail[0])} | {show(torch.stack(written))}'
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training ----
 
-forward = torch.compile(losses) if compile else losses
-n_steps, peak = run.first_step, peak_flops(world.device)
-flops = 6 * sum(p.numel() for p in model.parameters()) + 12 * n_layer * d_model * text_len      # per token, as nanoGPT
-begun, since = n_steps, run.seconds()       # of which the speed is measured
-for step in run.steps(run.first_step, run.first_step if eval_only else max_steps):
+learn = torch.compile(learn) if compile else learn
+# Operations per token of text, as nanoGPT counts them: 6 for each weight that is no position embedding, and attention
+# to the text. Each pass of thoughts reads all positions once more; its attention to thoughts is left out.
+n_weights = sum(p.numel() for name, p in model.named_parameters() if name != 'wpe.weight')
+n_flops = (1 + G * think_len // at_once) * (6 * n_weights + 12 * n_layer * d_model * text_len)
+peak = peak_flops(world.device) if dtype == 'bfloat16' else None
+n_steps = run.first_step
+begun, since = n_steps, run.seconds()       # from when on the speed is measured
+for step in run.steps(run.first_step if eval_only else max_steps):
     if step % eval_every == 0:
-        save(step)
+        run.save(step, models)
         evaluate(step)
         begun, since = step, run.seconds()
     schedule(optimizer, learning_rate, step, max_steps, warmup_steps, cosine=True)
@@ -341,13 +312,15 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
         torch.manual_seed(step)     # a resumed run drops the same
 
     model.train()
-    x, y = draw(step)                                                                               # (B, S)
-    noise = world.draw(torch.rand, batch_size, G, text_len, think_len)                              # (B, G, S, T)
+    x, y = draw(step)                                                                           # (B, S)
+    noise = world.draw(torch.rand, batch_size, G, text_len, think_len)                          # (B, G, S, T)
     bonus = torch.tensor(entropy_weight * (1 - step / max_steps), device=world.device)
-    for parts in zip(x.chunk(accumulate), y.chunk(accumulate), noise.chunk(accumulate)):
+    parts = []
+    for some_x, some_y, some_noise in zip(*(rows.split(micro_batch or len(x)) for rows in (x, y, noise))):
         with world.autocast:
-            loss, logged = forward(*parts[:2], parts[2].flatten(0, 1), bonus)
-        (loss / accumulate).backward()
+            loss, seen = learn(some_x, some_y, some_noise.flatten(0, 1), bonus)
+        (loss * len(some_x) / len(x)).backward()
+        parts.append({name: value.detach() for name, value in seen.items()})
     world.mean_gradients(model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or torch.inf)
     optimizer.step()
@@ -357,18 +330,16 @@ for step in run.steps(run.first_step, run.first_step if eval_only else max_steps
 
     n_steps = step + 1
     if step % log_every == 0:
-        numbers = {name: value.item() for name, value in logged.items()} | {'gradient_norm': norm.item()}
-        now = run.seconds()
-        speed = (step + 1 - begun) * batch_size * text_len / max(1e-6, now - since)         # tokens of text per second
-        numbers['tokens_per_second'] = speed
+        seen = {name: torch.stack([part[name] for part in parts]).mean().item() for name in parts[0]}
+        speed = (n_steps - begun) * batch_size * text_len / max(1e-6, run.seconds() - since)    # tokens of text per second
         if peak:
-            numbers['mfu'] = speed * (1 + G * think_len // at_once) * flops / peak / world.size
-        begun, since = step + 1, now
-        run.log(step, **numbers)
+            seen['mfu'] = speed * n_flops / peak / world.size
+        run.log(step, **seen, gradient_norm=norm.item(), tokens_per_second=speed)
+        begun, since = n_steps, run.seconds()
 
-# ---- the last line --------------------------------------------------------------------------------------------------
+# ---- the last line ----
 
-save(n_steps)
+run.save(n_steps, models)
 found = evaluate(n_steps)
 run.sample(write())
 run.finish(steps=n_steps, val_loss=found['own'].mean().item(), best_val_loss=-run.best, **compare(found))
