@@ -54,7 +54,8 @@ world = World(knobs)
 
 # ---- data ----
 
-train_set, heldout_set = (part.to(world.device) for part in addition_questions(input_min, input_max, heldout, seed))
+train_set, heldout_set = (part.to(world.device)
+                          for part in addition_questions(input_min, input_max, heldout, seed))
 CHARACTERS = '0123456789+='
 
 
@@ -81,8 +82,9 @@ question_len, answer_len = (tokens.shape[1] for tokens in encode(train_set[:1]))
 # ---- model, optimiser, run ----
 
 with user_errors():
-    config = ModelConfig(d_vocab=input_max if encoding == 'int' else len(CHARACTERS), n_layer=n_layer, n_head=n_head,
-                         d_model=d_model, block_size=question_len + answer_len, init='unit', tie_weights=False)
+    config = ModelConfig(d_vocab=input_max if encoding == 'int' else len(CHARACTERS), n_layer=n_layer,
+                         n_head=n_head, d_model=d_model, block_size=question_len + answer_len, init='unit',
+                         tie_weights=False)
     model = make_model(config, knobs.checkpoint).to(world.device)
 
 optimizer = make_optimizer(model, learning_rate, weight_decay)

@@ -9,25 +9,22 @@ or shows it a step in between: it is paid log p(answer | question, thoughts).
     python add_think.py                                         # ((7 + 3) x 5 + 9) ... % 11, six operations
     python add_think.py --thoughts=none                         # the control: answers at once
     python add_think.py --fixed=False                           # as many thoughts as are worth their cost
-    python add_think.py --init_from=out/add_think/thoughts=none/ckpt.pt     # a normal model, grown
     torchrun --standalone --nproc_per_node=2 add_think.py       # the same update, by two processes
 
-Each step: questions of one depth, that is, number of operations; G rollouts of thoughts for each;
-cross-entropy on answers, and the policy gradient on thoughts with the mean of the group as baseline (Dr.
-GRPO, Liu et al. 2025). There is no clipping, KL term or importance weight, as each rollout is used once.
-Questions get deeper by one operation when enough answers are right: what was an answer at one depth is worth
-thinking at the next.
+Each step: questions of one depth, that is, number of operations; G rollouts of thoughts each; cross-entropy
+on answers, and the policy gradient on thoughts with the group's mean as baseline (Dr. GRPO, Liu et al. 2025),
+without clipping, KL term or importance weights, as each rollout is used once. Questions get deeper if enough
+answers are right: what was an answer at one depth is worth thinking at the next.
 
-The answer is read where another thought would be written: the same weights work out a state to answer or to
-think it. Thought t has the position of operation t, so every step looks like every other (position coupling,
-Cho et al. 2024).
+The answer is read where another thought would be written: the same weights work out a state, to answer or to
+think it. Thought t has the position of operation t, so steps look alike (position coupling, Cho et al. 2024).
 """
 import torch
 import torch.nn.functional as F
 
 from model import ModelConfig, ThinkingModelConfig, lagged_copy, make_model
-from utils import (Run, SerialTask, World, ablations, advantages, concentration, fail, heat_map, make_optimizer,
-                   picture, read_knobs, schedule, user_errors)
+from utils import (Run, SerialTask, World, ablations, advantages, concentration, fail, heat_map,
+                   make_optimizer, picture, read_knobs, schedule, user_errors)
 
 # ---- knobs ----
 
@@ -48,21 +45,21 @@ n_head = 4
 d_model = 64
 position_encoding = 'relative'    # 'relative' | 'rotary' | 'learned'
 recount = True                # thought t has the position of operation t; False: positions are counted on
-thoughts = 'own'              # 'own' | 'none' | 'filler' | 'random' | 'chain': chain is the true states, supervised
+thoughts = 'own'              # 'own' | 'none' | 'filler' | 'random' | 'chain': the true states, supervised
 d_thought_vocab = 32          # L: thought tokens
 think_len = 0                 # T: thoughts per question; 0: one less than operations, or k + 1 if not fixed
 fixed = True                  # always T thoughts; False: up to T, end_thought ends them
 think_cost = .1               # what a thought costs if their number is not fixed, nats
-hardest = .8                  # share of steps with questions of the greatest depth so far; the others have any less
+hardest = .8                  # share of steps with questions of the greatest depth so far; others have less
 advance_at = .96              # share of right answers, a running mean, at which depth grows by one
 group_size = 8                # G: rollouts of a question
-baseline = 'group'            # 'group' | 'batch' | 'no_think': their mean, or log p of a lagged copy without thoughts
+baseline = 'group'            # 'group' | 'batch' | 'no_think': their mean, or a lagged copy without thoughts
 advantage = 'dr_grpo'         # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best' | 'batch_std' | 'quantile' |
                               # 'quantile_batch' | 'softmax_quantile' | 'softmax_centred': with baseline group
 tau = 1.                      # temperature of the three softmax
-code_price = 3.               # nats per log of how much too often a code is written, or two states would share one
+code_price = 3.               # nats per log of how much too often a code is written, so that none is shared
 epsilon = 0.                  # share of thoughts that are random; falls to zero over the first half
-entropy_weight = .05          # of a bonus for the entropy of thoughts when a depth is new; a fifth of it stays
+entropy_weight = .05          # of a bonus for entropy of thoughts when a depth is new; a fifth of it stays
 eval_every = 500              # steps between evaluations, each with a checkpoint and samples
 eval_questions = 2000         # questions per evaluation
 log_every = 10                # steps between lines of metrics.jsonl
@@ -121,7 +118,7 @@ def n_thoughts(depth):
 
 
 def places(question):
-    """Positions (S,) of a question's tokens. With recount '=' stands at the start, so thoughts count like operations."""
+    """Positions (S,) of a question's tokens. recount: '=' is at the start: thoughts count as operations."""
     position = torch.arange(question.shape[1], device=question.device)
     position[-1] = questions.n_prefix if recount else position[-1]
     return position
@@ -131,8 +128,9 @@ def places(question):
 
 n_tokens = len(questions.names)
 thought_tokens = range(n_tokens, n_tokens + d_thought_vocab)
-shape = dict(block_size=questions.n_prefix + k_most + 3 + (think_len or k_most + 1), n_layer=n_layer, n_head=n_head,
-             d_model=d_model, init='unit', tie_weights=False, position_encoding=position_encoding)
+shape = dict(n_layer=n_layer, n_head=n_head, d_model=d_model, position_encoding=position_encoding,
+             init='unit', tie_weights=False,
+             block_size=questions.n_prefix + k_most + 3 + (think_len or k_most + 1))
 with user_errors():
     config = (ModelConfig(d_vocab=n_tokens, **shape) if thoughts == 'none' else
               ThinkingModelConfig(d_normal_vocab=n_tokens, d_thought_vocab=d_thought_vocab, **shape))
@@ -147,14 +145,14 @@ state = run.restore({
     'depth': torch.tensor(1),           # greatest so far
     'since': torch.tensor(0),           # step at which it was new
     'accuracy': torch.tensor(0.),       # running mean of right answers at this depth
-    'frequency': torch.full((max(1, n_thoughts(k)), d_thought_vocab + 1), 1 / n_states)})      # of codes, by place
+    'frequency': torch.full((max(1, n_thoughts(k)), d_thought_vocab + 1), 1 / n_states)})      # of codes
 if knobs.checkpoint and knobs.checkpoint['script'] == knobs.script:     # what it has learned stays learned
     state['depth'] = knobs.checkpoint['depth'].clamp(max=k)
 
 # ---- thinking, answering, and what thoughts are paid ----
 
 def think(question, states, noise, **sampling):
-    """Thoughts (N, T) after questions (B, S) with states (B, depth), by noise (N, T); N / B rollouts of each."""
+    """Thoughts (N, T) after questions (B, S) with states (B, depth), by noise (N, T); N / B for each."""
     if thoughts == 'own' and noise.shape[1]:
         return model.think(question, noise.shape[1], fixed=fixed, positions=places(question),
                            n_rollouts=len(noise) // len(question), noise=noise, **sampling).tokens
@@ -164,7 +162,7 @@ def think(question, states, noise, **sampling):
 
 
 def respond(question, thought, by=model):
-    """Log-probabilities and entropies (N, T) of thoughts after questions (N, S), log-probabilities of answers (N, M)."""
+    """Log-probabilities and entropies (N, T) of thoughts, log-probabilities (N, M) of answers."""
     if thoughts == 'none':
         logits = by(question, None, places(question))[:, -1]
         log_pi = entropy = logits[:, :0]
@@ -174,7 +172,7 @@ def respond(question, thought, by=model):
 
 
 def losses(question, states, step):
-    """The loss for questions (B, S) with states (B, depth), whether whole rollouts are right, and what to log."""
+    """The loss for questions (B, S) with states (B, depth), which whole rollouts are right, what to log."""
     B, T = len(question), n_thoughts(states.shape[1])
     G = group_size if thoughts in ('own', 'random') and T else 1
     n_cut = 0 if fixed else G // 2
@@ -183,7 +181,7 @@ def losses(question, states, step):
     if n_cut:
         thought = add_copies(thought.view(B, -1, T), world.draw(torch.rand, batch_size, G)[:, :n_cut])
     question, answer = question.repeat_interleave(G, dim=0), states[:, -1].repeat_interleave(G)
-    log_pi, entropy, log_q = respond(question, thought)                             # (B G, T), (B G, n_states)
+    log_pi, entropy, log_q = respond(question, thought)                     # (B G, T), (B G, n_states)
     log_p_answer = log_q.gather(1, answer[:, None]).view(B, G)
     loss, seen = -log_p_answer.mean(), {}
     if thoughts == 'chain':
@@ -195,7 +193,7 @@ def losses(question, states, step):
         new = max(0, 1 - (step - state['since'].item()) / 300)      # falls from 1 to 0 after a depth was new
         bonus = entropy_weight / 5 + (entropy_weight - entropy_weight / 5) * new
         loss = loss - (weights * log_pi.sum(1).view(B, G)).sum(1).mean() - bonus * entropy.sum(1).mean()
-        seen |= {'entropy': entropy.mean(), 'log_prob': log_pi.mean(), **concentration(weights)}
+        seen |= concentration(weights) | {'entropy': entropy.detach().mean(), 'log_prob': log_pi.detach().mean()}
     return loss, (log_q.argmax(-1) == answer).view(B, G)[:, n_cut:].float(), seen
 
 
@@ -210,27 +208,24 @@ def pay(question, thought, answer, rewards):
     everyone = world.gather(rewards)
     base = everyone.mean() if baseline == 'batch' else 0.
     if baseline == 'no_think':
-        with torch.no_grad():
-            base = respond(question, question[:, :0], models['lagged'])[2].gather(1, answer[:, None])
+        base = respond(question, question[:, :0], models['lagged'])[2].gather(1, answer[:, None])
     weights = advantages(rewards, advantage if baseline == 'group' else 'reinforce', tau, base, everyone)
     return weights, {'reward': rewards.mean(), 'reward_std_in_group': rewards.std(1, correction=0).mean(),
-                     'distinct_thoughts': len(thought.unique()), 'thoughts': model.n_thoughts(thought).float().mean()}
+                     'thoughts': model.n_thoughts(thought).float().mean(),
+                     'distinct_thoughts': len(thought.unique())}
 
 
 def overuse(thought):
-    """What thoughts (N, T) cost at a price of 1: log of how much more often a code is written than an answer is due."""
+    """What thoughts (N, T) cost at a price of 1: log of how much more often a code is written than is due."""
     used = F.one_hot(world.gather(thought) - n_tokens, d_thought_vocab + 1).float().mean(0)     # (T, L + 1)
     frequency = state['frequency'][:len(used)].lerp_(used, .1)
-    share = frequency[torch.arange(len(used), device=used.device), thought - n_tokens]          # (N, T)
+    share = frequency[torch.arange(len(used), device=used.device), thought - n_tokens]  # (N, T)
     excess = (share * n_states / 1.2).clamp(min=1).log()        # a fifth more is chance
     return excess.masked_fill(thought == model.config.end_thought, 0.).sum(1)
 
 
 def add_copies(thought, at):
-    """
-    Rollouts (B, n, T), and before them copies of some, cut short at a share `at` (B, n_cut) of their length,
-    to see what fewer thoughts would have done: (B (n_cut + n), T).
-    """
+    """Rollouts (B, n, T) behind copies that are cut short at shares `at` (B, n_cut) of their length."""
     copies = thought[:, -at.shape[1]:]
     end = (at * (model.n_thoughts(copies) + 1)).long()                              # (B, n_cut)
     behind = torch.arange(thought.shape[2], device=end.device) >= end[..., None]
@@ -242,23 +237,22 @@ def add_copies(thought, at):
 
 @torch.no_grad()
 def test(depth, heldout=True, thought=None):
-    """Share of right answers, answers (n,), thoughts (greedy, or given ones), questions (n, S), states (n, depth)."""
+    """Share of right answers, answers (n,), thoughts, questions (n, S) and their states (n, depth)."""
     generator = torch.Generator(world.device).manual_seed(seed + 1)
     question, states = draw(eval_questions, depth, generator, heldout)
     if thought is None:
         noise = torch.rand(len(question), n_thoughts(depth), generator=generator, device=world.device)
         thought = think(question, states, noise, temperature=0)
-    answers = torch.cat([respond(*some)[2].argmax(-1) for some in zip(question.split(1000), thought.split(1000))])
+    parts = zip(question.split(1000), thought.split(1000))
+    answers = torch.cat([respond(*part)[2].argmax(-1) for part in parts])
     return (answers == states[:, -1]).float().mean().item(), answers, thought, question, states
 
 
 def evaluate(step):
     """Report on questions of depth k, show a few, keep the best checkpoint. Returns the numbers."""
     heldout_accuracy, answers, thought, question, states = test(k)
-    result = {'depth': state['depth'].item()}
-    if n_thoughts(k):
-        result |= {'thoughts': model.n_thoughts(thought).float().mean().item(), 'codes': len(thought.unique())}
-    result |= {'accuracy': test(k, heldout=False)[0], 'heldout_accuracy': heldout_accuracy}
+    result = {'depth': state['depth'].item(), 'codes': len(thought.unique()),
+              'accuracy': test(k, heldout=False)[0], 'heldout_accuracy': heldout_accuracy}
     run.report(step, **result)
     run.show(config, question, thought, answers, states[:, -1], questions.names)
     run.save_best(step, heldout_accuracy, models, **state)
@@ -275,7 +269,6 @@ for step in run.steps(run.first_step if eval_only else max_steps):
         if run.best >= enough and state['depth'] == k:
             break
     schedule(optimizer, learning_rate, step, max_steps)
-
     greatest = state['depth'].item()
     easier, less = torch.rand(2, generator=world.generator, device=world.device).tolist()
     depth = 1 + int(less * (greatest - 1)) if greatest > 1 and easier >= hardest else greatest
@@ -289,7 +282,6 @@ for step in run.steps(run.first_step if eval_only else max_steps):
     optimizer.zero_grad()
     for old, new in zip(models['lagged'].parameters(), model.parameters()) if 'lagged' in models else ():
         old.lerp_(new.detach(), .01)
-
     if depth == greatest:       # are answers good enough for deeper questions?
         share = world.gather(right).mean()
         state['accuracy'].lerp_(share, .05)
@@ -302,21 +294,21 @@ for step in run.steps(run.first_step if eval_only else max_steps):
 
 # ---- the last line ----
 
-if tested != n_steps:
-    run.save(n_steps, models, **state)
-    result = evaluate(n_steps)
+run.save(n_steps, models, **state)
+result = result if tested == n_steps else evaluate(n_steps)
 depths = {*range(1, min(k, 8) + 1), k, *(2**i for i in range(13) if 2**i <= k_most), k_most}
 tests = {depth: test(depth) for depth in sorted(depths)}
 result['accuracy_at_depth'] = {depth: found[0] for depth, found in tests.items()}
 if n_thoughts(k):
     _, _, thought, _, states = tests[k]
-    replaced = ablations(thought, thought_tokens)
-    result['ablation'] = {name: test(k, thought=other)[0] for name, other in replaced.items()}
+    result['ablation'] = {n: test(k, thought=x)[0] for n, x in ablations(thought, thought_tokens).items()}
     result['thoughts_at_depth'] = {depth: model.n_thoughts(found[2]).float().mean().item()
                                    for depth, found in tests.items()}
+    result['thoughts'] = result['thoughts_at_depth'][k]
     # how often each thought was written as the t-th when the state after t operations was this: (L, M)
     T, counts = min(thought.shape[1], k), torch.zeros(d_thought_vocab + 1, n_states)
-    counts.index_put_((thought[:, :T].cpu() - n_tokens, states[:, :T].cpu()), torch.tensor(1.), accumulate=True)
+    at = thought[:, :T].cpu() - n_tokens, states[:, :T].cpu()
+    counts.index_put_(at, torch.tensor(1.), accumulate=True)
     most = counts[:-1].max(1).values        # without end_thought
     result['purity'] = (most.sum() / counts[:-1].sum().clamp(min=1)).item()
     if plot and run.writes:

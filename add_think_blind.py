@@ -6,22 +6,18 @@ Blind addition: two policies invent a language, and answer every question in it.
 The answering policy sees nothing but the thoughts. Nobody tells either policy what a thought means.
 
     python add_think_blind.py                                      # M=100, 10 thought tokens, 2 thoughts
-    python add_think_blind.py --d_thought_vocab=100 --think_len=1  # one thought says it all
     python add_think_blind.py --search=False                       # only codes that the thinking policy wrote
     python add_think_blind.py --super=True                         # the answering policy is taught the digits
-    python add_think_blind.py --init_from=resume                   # go on after an interruption
     torchrun --standalone --nproc_per_node=2 add_think_blind.py    # the same update, by two processes
 
-A code is the thoughts of a question as one number. In each step codes compete for the answers (see invent).
-An answer prefers the codes that the answering policy already reads as it, but no code is taken by more than
-its share of answers. Thoughts are drawn from these preferences; the thinking policy learns to write them, the
-answering policy to read them. A code that is a little better becomes a lot better: this is how meaning
-starts.
+A code is the thoughts of a question as one number. In each step codes compete for the answers (see invent):
+an answer prefers codes that the answering policy already reads as it, but none is taken by more than its
+share of answers. Both policies learn the codes that are drawn so, one to write and one to read them. What is
+a little better becomes a lot better: this is how meaning starts.
 
-This is not a policy gradient. Advantage-weighted regression (Peng et al. 2019) weights the samples of one
-question by softmax(reward / tau). Here codes are weighted for an answer, and balanced, or answers would share
-codes. Policy gradients are here for comparison (--search=False --advantage=grpo): without importance weights
-for epsilon, clipping or a KL term, as each rollout is used once.
+This is no policy gradient: advantage-weighted regression (Peng et al. 2019) weights samples of one question;
+here codes are weighted for an answer, and balanced, or answers would share them. Policy gradients are here to
+compare, without importance weights, clipping or KL term, as each rollout is used once.
 """
 import math
 from functools import partial
@@ -54,12 +50,12 @@ d_model = 128
 split = True                  # two models; False: one is both policies
 frozen = 'none'               # 'none' | 'thinking' | 'answering': the policy that does not learn
 super = False                 # teach the answering policy hand-made thoughts: the answer's digits in base L
-super_order = 'msb'           # 'msb' | 'lsb' | 'random': most or least significant digit first, or a random code
+super_order = 'msb'           # 'msb' | 'lsb' | 'random': most or least significant first, or a random code
 clean = False                 # hand-made reward: 1 for exactly the hand-made thoughts, else 0
-supervised_weight = 0.        # of teaching the thinking policy the hand-made thoughts too: teacher forcing + RL
+supervised_weight = 0.        # of teaching the thinking policy the hand-made thoughts: teacher forcing + RL
 search = True                 # all codes compete; False: only those that the thinking policy writes
-advantage = 'balanced'        # 'balanced' | 'softmax' | 'best' | 'grpo' | 'rloo' | 'dr_grpo' | 'reinforce' | 'raw' |
-                              # 'batch_std' | 'quantile' | 'quantile_batch' | 'softmax_quantile' |
+advantage = 'balanced'        # 'balanced' | 'softmax' | 'best' | 'grpo' | 'rloo' | 'dr_grpo' | 'reinforce' |
+                              # 'raw' | 'batch_std' | 'quantile' | 'quantile_batch' | 'softmax_quantile' |
                               # 'softmax_centred': see utils.py
 tau = .1                      # temperature of balanced and of all softmax: smaller makes the best count more
 group_size = 8                # G: rollouts of a question, without search
@@ -79,21 +75,20 @@ out_dir = ''                  # folder of the run; empty: out/add_think_blind/<c
 wandb_mode = 'disabled'       # 'disabled' | 'offline' | 'online'
 plot = False                  # draw the language at the end: language.html, needs plotly
 
-
 # ---- set-up ----
 
 knobs = read_knobs(__file__, globals())
 base = d_thought_vocab + (not fixed)        # tokens to choose from
 if think_len < 1 or max(input_max, 2**9) * base ** think_len > 2**26:
-    fail(f'--think_len={think_len} must be at least 1, and few enough for at most 2^17 codes, or 2^26 / input_max')
+    fail(f'--think_len={think_len} must be from 1 to what makes 2^17 codes, or 2^26 / input_max')
 if (super or clean or supervised_weight) and d_thought_vocab ** think_len < input_max:
-    fail(f'd_thought_vocab={d_thought_vocab} and think_len={think_len} make no digits for {input_max} answers')
+    fail(f'{think_len} thoughts of {d_thought_vocab} tokens make no digits for {input_max} answers')
 if search and (advantage not in ('balanced', 'softmax', 'best') or epsilon):
     fail(f'advantage={advantage}, epsilon={epsilon:g} need rollouts: --search=False')
 if group_size < 2 and advantage in NEED_GROUPS:
-    fail(f'advantage={advantage} compares the rollouts of a group: group_size={group_size} must be at least 2')
+    fail(f'advantage={advantage} compares rollouts: group_size={group_size} must be at least 2')
 if compile and (epsilon or not search and advantage == 'balanced'):
-    fail('compile=True needs steps that are alike: no epsilon, and without search another advantage than balanced')
+    fail('compile=True needs steps that are alike: no epsilon, and with --search=False another advantage')
 if fuse and not compile or frozen != 'none' and not split:
     fail(f'fuse={fuse} needs --compile=True, frozen={frozen} needs --split=True')
 world = World(knobs)
@@ -115,23 +110,22 @@ def answer_to(question):
 
 shape = dict(block_size=think_len + max(1, n_adds - 1), n_layer=n_layer, n_head=n_head, d_model=d_model,
              init='unit', tie_weights=False, d_normal_vocab=input_max, d_thought_vocab=d_thought_vocab)
-kinds = {'thinking': dict(output_kind='thought'), 'answering': dict(input_kind='thought', output_kind='normal')}
+kinds = {'thinking': dict(output_kind='thought'),
+         'answering': dict(input_kind='thought', output_kind='normal')} if split else {'model': {}}
 with user_errors():
     models = {name: make_model(ThinkingModelConfig(**shape, **kind), knobs.checkpoint, name).to(world.device)
-              for name, kind in (kinds if split else {'model': {}}).items()}
+              for name, kind in kinds.items()}
 thinking, answering = [*models.values()][0], [*models.values()][-1]     # without split the same one
 if frozen != 'none':
     models[frozen].requires_grad_(False)
 
-# thoughts as one number, their code, and back
-number = partial(thinking.number, fixed=fixed)
+number = partial(thinking.number, fixed=fixed)      # from thoughts to their code
 spell = partial(thinking.spell, think_len=think_len, fixed=fixed)
 thought_tokens = thinking.thought_range(fixed)
 all_codes = number(spell(torch.arange(base ** think_len, device=world.device))).unique()    # (C,)
-hand_made = torch.arange(input_max)
-if super_order == 'random':
-    hand_made = torch.randperm(input_max, generator=torch.Generator().manual_seed(seed))
-hand_made = thought_tokens.start + digits(hand_made, think_len, d_thought_vocab).to(world.device)   # (M, T)
+order = torch.randperm(input_max, generator=torch.Generator().manual_seed(seed))
+hand_made = digits(order if super_order == 'random' else order.sort().values, think_len, d_thought_vocab)
+hand_made = thought_tokens.start + hand_made.to(world.device)                               # (M, T)
 hand_made = hand_made.flip(1) if super_order == 'lsb' else hand_made
 
 optimizers = [make_optimizer(thinking, learning_rate, weight_decay, recorded=compile)]
@@ -143,11 +137,11 @@ state = run.restore({
     'habit': torch.zeros(input_max, 0 if search else base ** think_len),    # how often codes were written
     'baseline': torch.tensor(0. if clean else -math.log(input_max))})       # running mean of rewards
 if (n_codes := len(all_codes)) < input_max:
-    run.print(f'warning: {n_codes} codes cannot name {input_max} answers, accuracy can reach {n_codes / input_max:.4g}')
+    run.print(f'{n_codes} codes cannot name {input_max} answers, accuracy can reach {n_codes / input_max:.4}')
 
 # ---- three ways to learn ----
-# Each returns the losses of the thinking and of the answering policy for questions (B, n_adds) with answers (B,), and
-# what to log. noise (B,) draws codes from a target, dice (B G, T) draws rollouts.
+# Each returns the losses of both policies for questions (B, n_adds) with answers (B,), and what to log.
+# noise (B,) draws codes from a target, dice (B G, T) draw rollouts.
 
 @fused
 def invent(question, answer, noise, dice, epsilon, codes=all_codes, habit=0.):
@@ -155,7 +149,7 @@ def invent(question, answer, noise, dice, epsilon, codes=all_codes, habit=0.):
     log_q = answering.answer(spell(codes)).float().log_softmax(-1).T        # (M, C) log p(answer | code)
     scores = reward(log_q, codes) + habit
     if advantage == 'balanced':
-        log_target, prices = balanced_target(scores, state['prices'][codes], tau)       # (M, C) codes of an answer
+        log_target, prices = balanced_target(scores, state['prices'][codes], tau)       # (M, C)
         state['prices'].index_copy_(0, codes, prices)
     else:
         log_target = advantages(scores, advantage, tau).log()
@@ -163,11 +157,11 @@ def invent(question, answer, noise, dice, epsilon, codes=all_codes, habit=0.):
     log_pi, entropy = thinking.thought_log_probs(question, spell(chosen), fixed)        # (B, T)
     thinking_loss = -log_pi.sum(1).mean()
     answering_loss = -(log_target.exp() * log_q).sum(1)[answer].mean()
-    return thinking_loss, answering_loss, {'entropy': entropy.sum(1).mean(), 'chosen': chosen}
+    return thinking_loss, answering_loss, dict(entropy=entropy.sum(1).mean(), chosen=chosen)
 
 
 def own_codes(question, answer, noise, dice, epsilon):
-    """Only codes that were just written compete, by log p(the code is written for the answer and read as it)."""
+    """Only codes that were just written compete, by log p(written for the answer and read as it)."""
     written = number(thinking.think(question, think_len, fixed=fixed, n_rollouts=group_size, noise=dice,
                                     epsilon=epsilon).tokens).view(-1, group_size)       # (B, G)
     codes, column = world.gather(written).unique(return_inverse=True)       # (C,), (B, G) of all processes
@@ -191,14 +185,14 @@ def policy_gradient(question, answer, noise, dice, epsilon):
     weights = advantages(rewards, advantage, tau, state['baseline'], everyone)
     state['baseline'].lerp_(everyone.mean(), .1)
     thinking_loss = -(weights * log_pi).sum(1).mean()
-    positive = weights.clamp(min=0) + 1e-9      # the answering policy learns from rollouts that are better than others
-    share = positive / positive.sum(1, keepdim=True)
-    answering_loss = -(share * log_q[answer[:, None], column]).sum(1).mean()
-    return thinking_loss, answering_loss, {'entropy': entropy.mean(), 'chosen': codes[column], 'weights': weights}
+    gains = weights.clamp(min=0) + 1e-9         # the answering policy learns from rollouts with a gain
+    shares = gains / gains.sum(1, keepdim=True)
+    answering_loss = -(shares * log_q[answer[:, None], column]).sum(1).mean()
+    return thinking_loss, answering_loss, dict(entropy=entropy.mean(), chosen=codes[column], weights=weights)
 
 
 def reward(log_q, codes):
-    """What codes (C,) are paid for each answer, (M, C): log p(answer | code), or if clean 1 for the hand-made one."""
+    """What codes (C,) are paid for answers, (M, C): log p(answer | code), or 1 for the hand-made one."""
     return (number(hand_made)[:, None] == codes).float() if clean else log_q.detach()
 
 
@@ -221,8 +215,8 @@ def update(question, answer, noise, dice, epsilon):
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    seen |= {'thinking_loss': thinking_loss, 'answering_loss': answering_loss, 'gradient_norm': norm}
-    return {name: x.detach() for name, x in seen.items()}
+    losses = {'thinking_loss': thinking_loss, 'answering_loss': answering_loss, 'gradient_norm': norm}
+    return {name: x.detach() for name, x in (losses | seen).items()}
 
 
 # ---- evaluation ----
@@ -236,9 +230,9 @@ def evaluate(step):
     """Report on both sets of questions, show a few, keep the best checkpoint. Returns the numbers."""
     codes, thoughts, right = think(train_sample), think(heldout_sample), answer_to(heldout_sample)
     answers, heldout_accuracy, bits = judge(answering, thoughts, right)
-    result = {'codes': len(codes.unique(dim=0)), 'thoughts': thinking.n_thoughts(thoughts).float().mean().item(),
-              'bits': bits, 'accuracy': judge(answering, codes, answer_to(train_sample))[1],
-              'heldout_accuracy': heldout_accuracy}
+    length, accuracy = thinking.n_thoughts(thoughts), judge(answering, codes, answer_to(train_sample))[1]
+    result = {'codes': len(codes.unique(dim=0)), 'thoughts': length.float().mean().item(), 'bits': bits,
+              'accuracy': accuracy, 'heldout_accuracy': heldout_accuracy}
     run.report(step, **result)
     run.show(thinking.config, heldout_sample, thoughts, answers, right)
     run.save_best(step, heldout_accuracy, models, **state)
@@ -252,7 +246,7 @@ def draw_language():
     counts = (answer_to(question) * len(thoughts) + column).bincount(minlength=input_max * len(thoughts))
     names = [' '.join(str(t - thought_tokens.start) for t in row[:n])
              for row, n in zip(thoughts.tolist(), thinking.n_thoughts(thoughts))]
-    figure = picture(2, 'The invented language', height=1000, heights=[.75, .25])
+    figure = picture(2, 'The invented language', heights=[.75, .25])
     heat_map(figure, 1, counts.view(input_max, -1), 'thoughts', names, 'answer', list(range(input_max)))
     curve(figure, 2, run, 'codes', 'firebrick')
     curve(figure, 2, run, 'bits', 'teal', right=True)
@@ -261,8 +255,7 @@ def draw_language():
 
 # ---- training ----
 
-if compile:
-    update = recorded(update, fuse)
+update = recorded(update, fuse) if compile else update
 n_steps = run.first_step
 for step in run.steps(run.first_step if eval_only else max_steps):
     if step % eval_every == 0:
@@ -279,17 +272,18 @@ for step in run.steps(run.first_step if eval_only else max_steps):
     seen = update(question, answer_to(question), noise, dice, epsilon * max(0, 1 - 2 * step / max_steps))
 
     if step % log_every == 0:
-        chosen, weights = seen.pop('chosen'), seen.pop('weights', None)
-        run.log(step, **{name: x.item() for name, x in seen.items()}, chosen_codes=len(chosen.unique()),
-                highest_price=state['prices'].max().item(), **({} if weights is None else concentration(weights)))
+        numbers = {name: x.item() for name, x in seen.items() if x.dim() == 0}
+        numbers |= concentration(seen['weights']) if 'weights' in seen else {}
+        run.log(step, **numbers, chosen_codes=len(seen['chosen'].unique()),
+                highest_price=state['prices'].max().item())
     n_steps = step + 1
 
 # ---- the last line ----
 
 run.save(n_steps, models, **state)
 result = evaluate(n_steps)
-replaced = ablations(think(heldout_sample), thought_tokens)
-ablation = {name: judge(answering, thoughts, answer_to(heldout_sample))[1] for name, thoughts in replaced.items()}
+replaced, right = ablations(think(heldout_sample), thought_tokens), answer_to(heldout_sample)
+ablation = {name: judge(answering, thoughts, right)[1] for name, thoughts in replaced.items()}
 if plot and run.writes:
     draw_language()
 update = None       # a CUDA graph in which processes meet must be gone before they part

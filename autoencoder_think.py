@@ -13,16 +13,14 @@ The answering policy sees nothing but the thoughts. If L^T = M, an accuracy of 1
 
 Four methods decide which thoughts are learned:
 
-match      The answering policy scores codes for the inputs of the batch by log p(x | code): those that the inputs
+match      The answering policy scores codes for the inputs of the batch by log p(x | code): those that they
            own, and as many free ones. Codes are dealt anew, one to an input, the best scores first, and both
-           policies learn the pairs. No code ever has two owners. Expert iteration with a dealer, no policy
-           gradient.
+           policies learn the pairs. Expert iteration with a dealer, not a policy gradient.
 sinkhorn   The same with prices in place of owners, see balanced_target in utils.py.
-reinforce  The policy gradient (Williams 1992) on rollouts, paid log p(x | thoughts), less code_price * log(how often
-           the code is written, relative to its share). A bonus for entropy starts near 1, where certainty is
-           worth as much as indifference, and falls slowly. The answering policy learns from all rollouts.
-           Left out: importance weights, clipping, and what an early thought does to the entropy of later
-           ones.
+reinforce  The policy gradient (Williams 1992) on rollouts, paid log p(x | thoughts) - code_price * log(how
+           often the code is written, relative to its share). A bonus for entropy starts near 1, where being
+           certain is worth as much as indifference, and falls slowly. The answering policy learns from all
+           rollouts. Left out: importance weights, clipping, what early thoughts do to later entropies.
 gumbel     The straight-through Gumbel-softmax (Jang et al. 2017): gradients pass through the thoughts.
 """
 import math
@@ -31,8 +29,8 @@ import torch
 import torch.nn.functional as F
 
 from model import ThinkingModelConfig, make_model
-from utils import (NEED_GROUPS, Run, World, ablations, advantages, balanced_target, curve, distinct, fail, judge,
-                   make_optimizer, picture, read_knobs, sample, schedule, user_errors)
+from utils import (NEED_GROUPS, Run, World, ablations, advantages, balanced_target, curve, distinct, fail,
+                   judge, make_optimizer, picture, read_knobs, sample, schedule, user_errors)
 
 # ---- knobs ----
 
@@ -79,22 +77,23 @@ if think_len < 1 or max(think_len * math.log2(d_thought_vocab), math.log2(input_
     fail(f'--think_len={think_len} must be at least 1, and at most 2^24 codes and inputs are possible: '
          f'd_thought_vocab={d_thought_vocab}, input_max={input_max}')
 n_codes = d_thought_vocab ** think_len
-n_slots = max(n_codes, input_max)       # slot s stands for code s % n_codes, so that few codes can have many owners
+n_slots = max(n_codes, input_max)       # slot s stands for code s % n_codes: few codes can have many owners
 n_batch = min(batch_size, input_max)
 if method == 'sinkhorn' and input_max * n_codes > 2**26:
     fail(f'sinkhorn scores {input_max} inputs x {n_codes} codes, over 2^26: --method=match')
 if method == 'match' and n_batch * min(2 * n_batch, n_slots) > 2**29:
     fail(f'match scores {n_batch} inputs x twice as many codes, over 2^29: a smaller --batch_size')
 if method == 'reinforce' and group_size < 2 and advantage in NEED_GROUPS:
-    fail(f'advantage={advantage} compares the rollouts of a group: group_size={group_size} must be at least 2')
+    fail(f'advantage={advantage} compares rollouts: group_size={group_size} must be at least 2')
 world = World({**knobs, 'batch_size': n_batch})
 inputs = torch.arange(input_max, device=world.device)
 
 # ---- model, optimiser, run ----
 
-shape = dict(block_size=think_len + 1, n_layer=n_layer, n_head=n_head, d_model=d_model, init=init, tie_weights=False,
-             d_normal_vocab=input_max, d_thought_vocab=d_thought_vocab)
-kinds = {'thinking': dict(output_kind='thought'), 'answering': dict(input_kind='thought', output_kind='normal')}
+shape = dict(block_size=think_len + 1, n_layer=n_layer, n_head=n_head, d_model=d_model, init=init,
+             tie_weights=False, d_normal_vocab=input_max, d_thought_vocab=d_thought_vocab)
+kinds = {'thinking': dict(output_kind='thought'),
+         'answering': dict(input_kind='thought', output_kind='normal')}
 with user_errors():
     models = {name: make_model(ThinkingModelConfig(**shape, **kind), knobs.checkpoint, name).to(world.device)
               for name, kind in kinds.items()}
@@ -110,11 +109,11 @@ state = run.restore({
     'order': inputs,                                            # of the inputs in this epoch
     'slots': torch.full((input_max,), -1),                      # which slot each input owns, -1: none yet
     'prices': torch.zeros(n_codes * (method == 'sinkhorn')),    # of codes, see balanced_target
-    'frequency': torch.full((n_codes * (method == 'reinforce'),), 1 / n_codes),    # how often codes are written
-    'baseline': torch.tensor(-math.log(input_max))})            # running mean of rewards, for advantage=reinforce
+    'frequency': torch.full((n_codes * (method == 'reinforce'),), 1 / n_codes),     # of codes
+    'baseline': torch.tensor(-math.log(input_max))})            # running mean of rewards
 best_accuracy = min(1, n_codes / input_max)
 if best_accuracy < 1:
-    run.print(f'warning: {n_codes} codes cannot name {input_max} inputs, accuracy can reach {best_accuracy:.4g}')
+    run.print(f'{n_codes} codes cannot name {input_max} inputs, accuracy can reach {best_accuracy:.4}')
 
 # ---- evaluation ----
 
@@ -139,12 +138,12 @@ def evaluate(step):
 
 def draw_growth():
     """growth.html: accuracy, distinct codes and bits over the steps; dotted: the most that is possible."""
-    figure = picture(3, f'{method}: a code for {input_max} inputs, {think_len} thoughts of {d_thought_vocab} tokens')
+    figure = picture(3, f'{method}: {input_max} inputs, {think_len} thoughts of {d_thought_vocab} tokens')
     most = min(n_codes, input_max)
-    for panel, name, colour, limit in ((1, 'accuracy', 'seagreen', best_accuracy), (2, 'codes', 'firebrick', most),
-                                       (3, 'bits_written', 'darkorange', math.log2(most)),
-                                       (3, 'bits', 'teal', math.log2(most))):
-        curve(figure, panel, run, name, colour, most=limit)
+    curve(figure, 1, run, 'accuracy', 'seagreen', most=best_accuracy)
+    curve(figure, 2, run, 'codes', 'firebrick', most=most)
+    curve(figure, 3, run, 'bits_written', 'darkorange', most=math.log2(most))
+    curve(figure, 3, run, 'bits', 'teal', most=math.log2(most))
     run.picture('growth.html', figure)
 
 
@@ -272,7 +271,8 @@ for step in run.steps(run.first_step if eval_only else max_steps):
 
 run.save(n_steps, models, **state)
 result, thoughts = evaluate(n_steps), think()
-ablation = {name: judge(answering, other, inputs)[1] for name, other in ablations(thoughts, thought_tokens).items()}
+replaced = ablations(thoughts, thought_tokens)
+ablation = {name: judge(answering, other, inputs)[1] for name, other in replaced.items()}
 if plot and run.writes:
     draw_growth()
 run.finish(steps=n_steps, **result, ablation=ablation)

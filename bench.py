@@ -27,9 +27,9 @@ from statistics import mean, median, stdev, variance
 
 import torch
 
-from model import GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig, Tree, unpack
-from utils import (SerialTask, advantages, concentration, device_name, digits, fail, git_commit, make_optimizer, need,
-                   peak_flops, read_knobs, recorded, user_errors, write_atomic)
+from model import GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig, unpack
+from utils import (SerialTask, advantages, attend_to_cache, concentration, device_name, digits, fail, git_commit,
+                   make_optimizer, need, peak_flops, read_knobs, recorded, user_errors, write_atomic)
 
 # ---- knobs ----
 suite = 'learning'              # which table: a name of SUITES below; tables: no runs, only the README
@@ -39,6 +39,8 @@ parallel = 1                    # runs at once
 nanogpt = ''                    # speed: folder of a checkout of nanoGPT, to be measured beside ours
 pretrained = ''                 # math: the model to start from, a .gguf file, or a transformers folder or hub name
 pictures = ''                   # folder for gradient.html and scaling.html, needs plotly; empty: no pictures
+
+# ---- set-up ----
 
 knobs = read_knobs(__file__, globals())
 
@@ -51,7 +53,7 @@ def by_reward(max_steps, group_size=256):
 
 
 DIGITS = '--encoding=digits --input_max=1000 --max_steps=1000'
-EXPLORE = '--epsilon=.2 --epsilon_steps=500 --entropy_weight=.01'
+EXPLORE = '--epsilon=.2 --entropy_weight=.01'
 ENTROPY = '--entropy_weight=.03'
 LARGE = f'--group_size=32 {ENTROPY}'
 SMALL = '--input_max=64 --d_thought_vocab=8 --d_model=64 --n_head=16 --group_size=4 --max_steps=1000 --eval_every=50'
@@ -84,7 +86,7 @@ VARIANTS = {    # row: (knobs, why it learns or does not)
     'one-model': ('--split=False', 'one network is both policies'),
     'frozen-answering': ('--frozen=answering',
                          'an untrained answering policy hardly tells codes apart, so targets stay soft'),
-    'frozen-thinking': ('--frozen=thinking --search=False --answer_on=written',
+    'frozen-thinking': ('--frozen=thinking --search=False',
                         'untrained thoughts say nothing about the sum'),
     'three-numbers': ('--n_adds=3', 'a + b + c, 262,144 questions: not in 1000 steps'),
     'softmax': ('--advantage=softmax', 'no prices: some answers share codes, and do not part again'),
@@ -112,9 +114,9 @@ VARIANTS = {    # row: (knobs, why it learns or does not)
     'super-explore': (f'--super=True --search=False --advantage=grpo {EXPLORE}', 'the same, explored'),
     'super-grpo-32': (f'--super=True --search=False --advantage=grpo {LARGE}',
                       'large groups: one wrong code is still better paid than another'),
-    'super-clean': ('--super=True --clean=True --search=False --advantage=clean',
+    'super-clean': ('--super=True --clean=True --search=False --advantage=raw',
                     'paid 1 for the right digits, else 0: of 2048 rollouts of a step, 32 are right at first'),
-    'super-clean-explore': (f'--super=True --clean=True --search=False --advantage=clean {EXPLORE}',
+    'super-clean-explore': (f'--super=True --clean=True --search=False --advantage=raw {EXPLORE}',
                             'with exploration: fewer codes still'),
     'super-clean-grpo': (f'--super=True --clean=True --search=False --advantage=grpo {EXPLORE}',
                          'by grpo, explored'),
@@ -128,10 +130,11 @@ VARIANTS = {    # row: (knobs, why it learns or does not)
     'decay-1': ('--weight_decay=1', 'the same, a little less'),
 }
 S5 = '--task=s5 --d_thought_vocab=256 --n_layer=2 --d_model=128 --batch_size=256 --advance_at=.85 --eval_every=1000'
-PLUS = '--ops=+ --k=1 --input_max=31 --weight_decay=1 --batch_size=128'
-HOP = '--task=hop --input_max=10 --k=8 --k_test=16 --n_layer=2 --positions=rotary'
+PLUS = '--task=plus --k=1 --input_max=31 --weight_decay=1 --batch_size=128'
+HOP = '--task=hop --input_max=10 --k=8 --k_test=16 --n_layer=2 --position_encoding=rotary'
 FREE = '--fixed=False --hardest=.2 --learning_rate=5e-4 --group_size=16 --max_steps=2500 --enough=2'
 LESS = '--max_steps=4000 --enough=2'
+FOUR = '--n_layer=4 --batch_size=12'
 NOVELS = ('--n_layer=1 --d_model=256 --text_len=128 --batch_size=32 --learning_rate=2e-3 --eval_every=6000 '
           '--eval_sequences=2000 --weight_decay=0')
 TEXTS = {       # suite: (where, what all its rows have in common, steps)
@@ -145,14 +148,15 @@ TEXT_ROWS = {   # row: (knobs, what it shows)
     'deeper': ('--think_len=0 --n_layer=2', 'none, two layers: as much work, more weights'),
     'filler': ('--thoughts=filler', 'the same thoughts always'),
     'straight': ('', 'eight tokens of 64 at once, by gradient'),
-    'continuous': ('--thought=continuous --gate=none --think_len=1 --at_once=1', 'the state itself instead of tokens'),
+    'continuous': ('--thought_kind=continuous --gate=none --think_len=1 --at_once=1',
+                   'the state itself instead of tokens'),
 }
 ON = '--learning_rate=5e-4 --entropy_weight=0 --max_steps=2000'
 ON_ROWS = {     # what goes on from straight
     'straight-on': (ON, 'straight, and on by gradient'),
-    'paid': (f'--thought=token --temperature=1 {ON}', 'straight, and on by reward'),
-    'unpaid': (f'--thought=token --temperature=1 --policy_weight=0 {ON}', 'straight, and on, thoughts not trained'),
-    'unpaid-1': (f'--thought=token --temperature=1 --policy_weight=0 --group_size=1 {ON}',
+    'paid': (f'--thought_kind=token {ON}', 'straight, and on by reward'),
+    'unpaid': (f'--thought_kind=token --policy_weight=0 {ON}', 'straight, and on, thoughts not trained'),
+    'unpaid-1': (f'--thought_kind=token --policy_weight=0 --group_size=1 {ON}',
                  'straight, and on, thoughts not trained, one rollout'),
 }
 ROLLOUTS = {    # suite: (knobs of all rows, of start and reference, steps of start, of reference)
@@ -179,23 +183,23 @@ ROLLOUT_ROWS = {    # row: (knobs, what it shows)
 THINKING = {    # row: (knobs, what it shows)
     'add': ('', 'the main case'),
     'add-none': ('--thoughts=none --max_steps=12000', 'none, three times the steps'),
-    'add-none-learned': ('--thoughts=none --positions=learned --recount=False --max_steps=12000',
+    'add-none-learned': ('--thoughts=none --position_encoding=learned --recount=False --max_steps=12000',
                          'none, positions as usual'),
-    'add-none-direct': ('--thoughts=none --positions=learned --recount=False --advance_at=0 --max_steps=12000',
+    'add-none-direct': ('--thoughts=none --position_encoding=learned --recount=False --advance_at=0 --max_steps=12000',
                         'none, positions as usual, full depth at once'),
     'add-filler': (f'--thoughts=filler {LESS}', 'the same thought again and again'),
     'add-random': (f'--thoughts=random {LESS}', 'random thoughts'),
     'add-chain': (f'--thoughts=chain {LESS}', 'supervised: the true states'),
     'perm': ('--task=perm --input_max=10', 'permutations of ten things'),
     'perm-none': ('--task=perm --input_max=10 --thoughts=none --max_steps=12000', 'none, three times the steps'),
-    'perm-none-learned': ('--task=perm --input_max=10 --thoughts=none --positions=learned --recount=False '
+    'perm-none-learned': ('--task=perm --input_max=10 --thoughts=none --position_encoding=learned --recount=False '
                           '--max_steps=12000', 'none, positions as usual'),
 }
 NEEDS = {
     'recount': ('--recount=False', 'thoughts are numbered on'),
     'end': ('--answer_at=end', 'the answer is read at an end_thought'),
-    'learned': ('--positions=learned', 'an embedding for every position'),
-    'rotary': ('--positions=rotary', 'rotary positions'),
+    'learned': ('--position_encoding=learned', 'an embedding for every position'),
+    'rotary': ('--position_encoding=rotary', 'rotary positions'),
     'price': ('--code_price=0', 'codes without a price'),
     'entropy': ('--entropy_weight=.1 --entropy_end=.1', 'a larger bonus for entropy, which stays'),
     'certain': ('--entropy_end=0', 'a bonus that falls to nothing'),
@@ -311,8 +315,8 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
     'buys': {
         'plus': ('cpu', 'add_think', f'{PLUS} --think_len=2', 'a + b, two thoughts'),
         'plus-none': ('cpu', 'add_think', f'{PLUS} --thoughts=none', 'no thoughts'),
-        'totals': ('cpu', 'add_think', '--ops=+', 'only additions, which can all be done at once'),
-        'totals-none': ('cpu', 'add_think', '--ops=+ --thoughts=none', 'no thoughts'),
+        'totals': ('cpu', 'add_think', '--task=plus', 'only additions, which can all be done at once'),
+        'totals-none': ('cpu', 'add_think', '--task=plus --thoughts=none', 'no thoughts'),
         'sort': ('cpu', 'add_think', '--task=sort --input_max=20', 'the sixth smallest of ten'),
         'sort-none': ('cpu', 'add_think', '--task=sort --input_max=20 --thoughts=none', 'no thoughts'),
         'hop': ('cpu', 'add_think', f'{HOP} --max_steps=2000', 'eight hops, two layers'),
@@ -325,8 +329,8 @@ SUITES = {  # suite: {row: (device it belongs on, script, knobs, what it shows)}
             ('no_think', 'with log p of a lagged copy that answers at once'))
     },
     'text': {
-        'none': ('cpu', 'supervised_rollout_think', '--think_len=0', 'four layers'),
-        'own': ('cpu', 'supervised_rollout_think', '', 'four layers, with thoughts'),
+        'none': ('cpu', 'supervised_rollout_think', f'{FOUR} --think_len=0', 'four layers'),
+        'own': ('cpu', 'supervised_rollout_think', FOUR, 'four layers, with thoughts'),
         'large': ('cuda', 'supervised_rollout_think', '--think_len=0 --n_layer=6 --n_head=6 --d_model=384 '
                   '--text_len=256 --batch_size=64 --dropout=.2 --max_steps=5000 --learning_rate=1e-3 '
                   '--dtype=bfloat16', 'six layers'),
@@ -396,6 +400,9 @@ STARTS |= {('free', row): {'init_from': ('thinking', 'add', None)} for row in SU
 STARTS |= {(suite, row): {'init_from': (suite, 'start', 0), 'reference': (suite, 'reference', 0)}
            for suite in ROLLOUTS for row in ROLLOUT_ROWS}
 ONCE = {start for starts in STARTS.values() for start in starts.values()}       # those with seed 0 for all seeds
+# knobs of some rows that are gone since commit 6bf880c: these rows are shown as they were measured, and not run again
+GONE = re.compile(r'--(memory|answer_on|balance_steps|rollouts_per_update|answer_at|logit_noise)='
+                  r'|add_think(\.py)? .*--entropy_end=')
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'assets' / 'results'
 turn = itertools.count()         # of GPUs
@@ -412,6 +419,11 @@ def keep(name, result, indent=1):
     """Write assets/results/<name>.json."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomic(RESULTS / f'{name}.json', lambda path: path.write_text(json.dumps(result, indent=indent) + '\n'))
+
+
+def as_code(command, short=None):
+    """A command in Markdown, perhaps in short, and the commit at which it runs if a knob of it is gone."""
+    return f'`{command if short is None else short}`{" at 6bf880c" if GONE.search(command) else ""}'
 
 
 def markdown(head, lines):
@@ -550,7 +562,7 @@ def timed(function, repeats=5):
 
 
 KINDS = {   # of kernels: parts of their names, the first that fits counts
-    'attention': 'flash|fmha|attend|sdpa|cudnn', 'matrices': 'nvjet|gemm|gemv|cutlass|cublas|project',
+    'attention': 'flash|fmha|attend|sdpa|cudnn', 'matrices': 'nvjet|gemm|gemv|cutlass|cublas',
     'norms': 'layer_norm', 'softmax, loss, sampling': 'softmax|sort|scan|argmax|gather', 'GELU': '(?i)gelu',
     'optimiser': 'multi_tensor|adam',
     'copies and casts': '(?i)copy|cat|memcpy|memset|to_copy|index', 'other': ''}
@@ -696,11 +708,19 @@ def speed_blind(arguments, ways, n=64 * 32):
     return speed_script('add_think_blind', {name: f'{arguments} {more} {still}' for name, more in ways.items()}, n)
 
 
-def policy_step(M, T, d_model, L=10, n_questions=64, G=32, merge=False, **how):
-    """
-    A step of policy gradient for both policies, of two layers: a function of questions (n_questions, 2). how: of
-    thoughts, as in generate. merge: rollouts that are alike are read once.
-    """
+def read_once(thinking, question, T, G):
+    """Thoughts (N, T) and their log-probabilities (N, T), with gradient: rollouts that are alike are read once."""
+    return thinking.think(question, T, n_rollouts=G, grad=True)[:2]
+
+
+def read_each(thinking, question, T, G):
+    """The same written down plainly: no cache, every rollout read by itself."""
+    thoughts = thinking.think(question, T, n_rollouts=G, use_cache=False).tokens
+    return thoughts, thinking.thought_log_probs(question.repeat_interleave(G, dim=0), thoughts)[0]
+
+
+def policy_step(M, T, d_model, L=10, n_questions=64, G=32, think=read_once):
+    """A step of policy gradient for both policies, of two layers: a function of questions (n_questions, 2)."""
     shape = dict(block_size=T + 1, n_layer=2, n_head=4, d_model=d_model, init='unit', tie_weights=False,
                  d_normal_vocab=M, d_thought_vocab=L)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -709,14 +729,12 @@ def policy_step(M, T, d_model, L=10, n_questions=64, G=32, merge=False, **how):
     optimizers = [make_optimizer(model, 0., 0., recorded=True) for model in (thinking, answering)]
 
     def step(question):
-        tree = Tree(thinking) if merge else False
-        thoughts = thinking.think(question, T, n_rollouts=G, merge=tree, **how).tokens          # (n_questions G, T)
-        every = question.repeat_interleave(G, dim=0)
-        log_q = answering.answer(thoughts).log_softmax(-1).gather(1, (every.sum(1) % M)[:, None]).view(-1, G)
+        thoughts, log_pi = think(thinking, question, T, G)                              # (n_questions G, T)
+        right = (question.sum(1) % M).repeat_interleave(G)[:, None]
+        log_q = answering.answer(thoughts).log_softmax(-1).gather(1, right).view(-1, G)
         weights = advantages(log_q.detach(), 'grpo')
         positive = weights.clamp(min=0) + 1e-9
-        log_pi = thinking.thought_log_probs(every, thoughts, merge=tree).sum(1).view(-1, G)
-        loss = -(weights * log_pi).sum(1).mean()
+        loss = -(weights * log_pi.sum(1).view(-1, G)).sum(1).mean()
         (loss - (positive / positive.sum(1, keepdim=True) * log_q).sum(1).mean()).backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -726,18 +744,18 @@ def policy_step(M, T, d_model, L=10, n_questions=64, G=32, merge=False, **how):
 
 
 def speed_plain(M, T, d_model):
-    """The same step as in FIVE written down plainly: no cache, every rollout read by itself."""
-    step, question = policy_step(M, T, d_model, use_cache=False)
+    """The same step as in FIVE written down plainly."""
+    step, question = policy_step(M, T, d_model, think=read_each)
     return speeds({'eager, no cache, every rollout by itself': lambda: step(question)}, 64 * 32, repeats=20)
 
 
 def speed_attention(n_rows=512, n=80):
     """Attention of one token to the 80 before it in 12 layers of GPT-2's size, bfloat16; GB of keys and values."""
-    cache = KVCache(ModelConfig(), n_rows, n + 1, 'cuda', torch.bfloat16)
+    cache = KVCache(ModelConfig(), n_rows, n + 1, torch.device('cuda'), torch.bfloat16)
     cache.on_device += n
     cache.length = n
     q, k, v = torch.randn(n_rows, 3, 12, 1, 64, device='cuda', dtype=torch.bfloat16).unbind(1)
-    for kept in itertools.chain(*cache.kv):
+    for kept in itertools.chain(*cache.kv.values()):
         kept.normal_()
 
     def explicit(q, k, v):
@@ -753,7 +771,7 @@ def speed_attention(n_rows=512, n=80):
         return run
 
     kernels = torch.nn.attention.SDPBackend
-    ways = {'ours': lambda q: [cache.attend(layer, q, k, v) for layer in range(12)],
+    ways = {'ours': lambda q: [attend_to_cache(layer, q, k, v, cache) for layer in range(12)],
             **{name: library(backend) for name, backend in (
                 ('cuDNN', kernels.CUDNN_ATTENTION), ('flash', kernels.FLASH_ATTENTION),
                 ('memory-efficient', kernels.EFFICIENT_ATTENTION))},
@@ -783,7 +801,7 @@ def speed_everywhere(S=256, T=4, n_rows=8):
         for s in range(S):
             with torch.autocast('cuda', torch.bfloat16):
                 thoughts = model.think(tokens[:, :s + 1], T, noise=noise[:, s]).tokens
-                log_probs, _, logits = model.think_and_answer(tokens[:, :s + 1], thoughts, close=False)
+                log_probs, _, logits = model.think_and_answer(tokens[:, :s + 1], thoughts)
                 (log_probs.mean() + logits.mean()).backward()
 
     def plain():
@@ -801,7 +819,7 @@ def speed_write(n_prompts=16, length=64, n_new=64, G=8):
     noise = torch.rand(n_prompts * G, 2 * n_new, device='cuda')
 
     def write(prompt, noise):
-        return model.write(prompt, n_new, 1, fixed=False, n_rollouts=G, noise=noise)[0]
+        return model.write(prompt, n_new, 1, fixed=False, n_rollouts=G, noise=noise)
 
     ways = {'eager': write, 'one CUDA graph': recorded(write), 'the same, kernels fused': recorded(write, fuse=True)}
     for way in ways.values():
@@ -849,7 +867,7 @@ FIVE = f'{BLIND} --input_max=500 --think_len=3 --d_model=32'
 TWICE = {'eager': '', 'one CUDA graph': '--compile=True', 'the same, kernels fused': '--compile=True --fuse=True'}
 GPT2_124M = ('--data=data/shakespeare --think_len=0 --n_layer=12 --n_head=12 --d_model=768 --text_len=1024 '
              '--batch_size=128 --dtype=bfloat16 --compile=True --eval_sequences=1')
-EVERYWHERE = ('--thought=token --temperature=1 --think_len=4 --at_once=1 --n_layer=6 '
+EVERYWHERE = ('--thought_kind=token --think_len=4 --at_once=1 --n_layer=6 '
               '--n_head=6 --d_model=384 --text_len=256 --batch_size=96 --dtype=bfloat16 --eval_sequences=1')
 BY_TWO = {'one GPU': '--nproc_per_node=1|', 'two GPUs': '--nproc_per_node=2|'}
 SPEED = {   # row: (device, what is timed, what a token is, function)
@@ -946,7 +964,7 @@ def measure_scaling():
         found[name] = {}
         for value in values:
             T, L, M, G, S = (BASE | {name: value}).values()
-            step, given = text_step(S) if 'text' in name else policy_step(M, T, 64, L, G=G, merge=device == 'cpu')
+            step, given = text_step(S) if 'text' in name else policy_step(M, T, 64, L, G=G)
             step = recorded(step)
             step(given)
             seconds = timed(lambda step=step, given=given: step(given), repeats=10)
@@ -994,7 +1012,7 @@ def scaling_table():
 # ---- weightings -----------------------------------------------------------------------------------------------------
 
 ESTIMATORS = {      # name: (kind, tau)
-    **{kind: (kind, 1.) for kind in ('clean', 'reinforce', 'rloo', 'dr_grpo', 'grpo', 'batch_std', 'quantile',
+    **{kind: (kind, 1.) for kind in ('raw', 'reinforce', 'rloo', 'dr_grpo', 'grpo', 'batch_std', 'quantile',
                                      'quantile_batch')},
     'softmax, tau 1': ('softmax', 1.), 'softmax, tau 1, less 1/G': ('softmax_centred', 1.),
     'softmax, tau .1': ('softmax', .1), 'softmax, tau .1, less 1/G': ('softmax_centred', .1),
@@ -1044,7 +1062,7 @@ class Enumerated:
     def log_pi(self, question):
         """Log-probabilities (n, C) of all codes after questions (n, 2), with gradient."""
         many = question.repeat_interleave(len(self.codes), dim=0)
-        return self.model.thought_log_probs(many, self.codes.repeat(len(question), 1)).sum(1).view(len(question), -1)
+        return self.model.thought_log_probs(many, self.codes.repeat(len(question), 1))[0].sum(1).view(len(question), -1)
 
     def value(self, reward):
         """The expected reward of a rollout, with gradient."""
@@ -1247,7 +1265,7 @@ def sampled_groups(suite, row, seed, N=512, G=16):
                     places[-1] = 0      # recount
                     thoughts = model.think(question, depth - 1, positions=places, n_rollouts=G, noise=torch.rand(
                         N * G, depth - 1, generator=generator)).tokens
-                    log_q = torch.cat([model.think_and_answer(*part, close=False, positions=places)[2]
+                    log_q = torch.cat([model.think_and_answer(*part, positions=places)[2]
                                        for part in zip(question.repeat_interleave(G, dim=0).split(1024),
                                                        thoughts.split(1024))])[:, :task.n_states].log_softmax(-1)
                     right = log_q.argmax(-1) == answer
@@ -1359,7 +1377,7 @@ def weighting_summary():
     lines = []
     for row, (how, _) in (WEIGHTINGS | {'reinforce': ('--advantage=reinforce', '')}).items():
         found = [stored(f'weighting-{task}-{row}') for task in WEIGHED]
-        lines.append([f'`{how}`', COUNTS.get(row, ''), *(
+        lines.append([as_code(how), COUNTS.get(row, ''), *(
             f'{mean(run["accuracy"] for run in result["runs"]):.2f}' if result else '' for result in found)])
     return markdown(['', 'what a question counts', *WEIGHED], lines)
 
@@ -1515,23 +1533,24 @@ def columns(suite, runs):
 
 def table(suite):
     """A suite's table in Markdown, from the result files there are. What all rows have in common is said above it."""
-    rows, said = [], []
+    rows, said, prefix = [], [], ''
     short = {f'python {script}.py {base}': task for task, (script, base) in WEIGHED.items()}
     for row, (_, script, _, what) in SUITES[suite].items():
         common = f'python {script}.py {COMMON.get(suite, "")}'.strip()
         if result := stored(f'{suite}-{row}'):
             at_once = f', {result["parallel"]} at once' if result.get('parallel', 1) > 1 else ''
             command = result['command'].replace(common, '…') if suite in COMMON else result['command']
+            prefix = common if command.startswith('…') else prefix
             if suite in ('weighting', 'temperature'):
                 for text, task in short.items():
                     command = command.replace(text, f'{task} …')
-            rows.append({'command': f'`{command}`', '': what,
+            rows.append({'command': as_code(result['command'], command), '': what,
                          **columns(suite, result['runs']), 'seeds': str(len(result['runs'])),
                          'on': f'{result["hardware"]}, torch {result["torch"]}{at_once}'})
     if not rows:
         return ''
     if suite in COMMON:
-        said.append(f'`…` is `{common}`.')
+        said.append(f'`…` is `{prefix}`.')
     if suite in ('weighting', 'temperature'):
         said += [f'`{task} …` is `{text}`.' for text, task in short.items()
                  if any(row['command'].startswith(f'`{task} …') for row in rows)]
@@ -1569,8 +1588,11 @@ elif suite != 'tables':
         if row not in every:
             fail(f'--only={row} must be one of {", ".join(every)}')
     here = 'cuda' if torch.cuda.is_available() else 'cpu'
+    gone = [row for row, (_, *what, _) in every.items() if GONE.search(' '.join(what))]
+    if only and (wrong := [row for row in only.split(',') if row in gone]):
+        fail(f'{", ".join(wrong)} of the {suite} suite can only be measured at commit 6bf880c: a knob is gone')
     rows = [row for row, (device, *_) in every.items()
-            if (row in only.split(',') if only else device == here)]
+            if (row in only.split(',') if only else device == here and row not in gone)]
     if here == 'cpu' and (wrong := [row for row in rows if every[row][0] == 'cuda']):
         fail(f'{", ".join(wrong)} of the {suite} suite must be measured on a GPU')
     if not rows:

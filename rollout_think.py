@@ -3,26 +3,26 @@ Text: whole rollouts. A model goes on from a real text, thinking where it likes,
 
     a real text  ->  normal tokens and thoughts, mixed  ->  thoughts stripped  ->  log p by a reference
 
-    python supervised_rollout_think.py --think_len=0                                # a model to start from
+    python supervised_rollout_think.py --think_len=0                            # a model to start from
     python rollout_think.py --init_from=out/supervised_rollout_think/think_len=0/ckpt.pt --reference=<better>
-    python rollout_think.py --init_from=... --reference=... --think_len=0           # the control
-    python rollout_think.py --data=data/novels --init_from=gpt2 --reference=gpt2-xl # in GPT-2's tokens
+    python rollout_think.py --init_from=... --reference=... --think_len=0       # the control
+    python rollout_think.py --data=data/novels --init_from=gpt2 --reference=gpt2-xl     # in GPT-2's tokens
     torchrun --standalone --nproc_per_node=2 rollout_think.py --init_from=... --reference=...
     python rollout_think.py --reward=math --data=data/problems --init_from=HuggingFaceTB/SmolLM2-135M-Instruct
 
 Each step: B prefixes, G rollouts of each. A frozen reference, which sees no thoughts, pays each normal token
-its log p. Tokens and thoughts before it are paid too, gamma times less per normal token between. Rollouts of
-a prefix are compared at the same normal token: the policy gradient (Williams 1992) with the mean of the group
-as baseline (Dr. GRPO, Liu et al. 2025). No ratios are clipped, as each rollout is used once.
+its log p. All tokens and thoughts before it are paid too, gamma times less for each normal token between.
+Rollouts of a prefix are compared at the same normal token: the policy gradient (Williams 1992) with the mean
+of the group as baseline (Dr. GRPO, Liu et al. 2025). No ratios are clipped, as each rollout is used once.
 
 A reference likes to be told what it expects, again and again. So a normal token is also paid its own -log p,
-among normal tokens, after the thoughts that were written. With entropy_weight=1 a text then earns, on average,
+among normal tokens, after the thoughts that were written. With entropy_weight=1 a text earns, on average,
 minus the KL divergence of its tokens from the reference, given the thoughts: it is best to write as the
 reference would. Which thoughts are written, and whether any are, earns nothing by itself.
 
 With reward=math a pretrained model of transformers solves problems, thinking in its own words. It is paid for
-the right answer, and for the form that its prompt shows: the answer in one \\boxed{}. Its loss sums over the
-tokens of a solution: a mean would make short right solutions count more, and long wrong ones less (Dr. GRPO).
+the right answer, and for the form that examples show: the answer in one \\boxed{}. Its loss is a sum over
+tokens: a mean would make short right solutions count more, and long wrong ones less (Dr. GRPO).
 """
 import copy
 import html
@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from model import GPT2, GPT2Thinking, ModelConfig, choice, find_model, from_pretrained
@@ -44,10 +45,10 @@ from utils import (Run, World, advantages, concentration, fail, grade, load_chec
 
 reward = 'text'               # 'text' | 'math': who pays, a reference model or the right answer to a problem
 data = 'data/shakespeare_char'    # folder that prepare_data.py made; math: or one file of problems
-levels = ''                   # math: difficulties that are wanted, separated by commas; empty: all
+levels = ''                   # math: wanted difficulties, separated by commas; empty: all
 format_weight = .1            # math: what the right form is paid; the right answer is paid 1
-micro_batch = 32              # math: solutions that are read at once for the gradient
-reference = ''                # the judge: a checkpoint, a .gguf file, or a transformers folder or hub name
+micro_batch = 32              # math: solutions that are read at once for the gradient; 0: all of a process
+reference = ''                # who judges: a checkpoint, a .gguf file, or a transformers folder or hub name
 prefix_len = 32               # tokens of real text to go on from
 text_len = 32                 # normal tokens that are written; math: at most
 batch_size = 8                # prefixes or problems per step, over all processes
@@ -67,10 +68,10 @@ fixed = False                 # always T thoughts before a normal token
 advantage = 'dr_grpo'         # 'dr_grpo' | 'grpo' | 'rloo' | 'quantile' | 'softmax' | 'softmax_quantile' |
                               # 'softmax_centred' | 'best': see utils.py
 tau = 1.                      # temperature of the three softmax
-gamma = .9                    # how much of what a normal token earns the one before it gets
-repeat_cost = 0.              # price of a normal token that completes four its text has already, nats
-kl_weight = 0.                # of what a normal token pays: its log p, less what the starting model gives it
-entropy_weight = 1.           # of what a normal token is paid: its own -log p
+gamma = .9                    # share of its return that a normal token passes on to the one before
+repeat_cost = 0.              # price of a normal token that completes four that its text has already, nats
+kl_weight = 0.                # price of the KL divergence from the starting model
+entropy_weight = 1.           # reward for entropy: times a normal token's own -log p
 supervised_weight = 0.        # of the cross-entropy of the real continuation, with own thoughts inside
 temperature = 1.              # of rollouts
 eval_every = 50               # steps between evaluations, each with a checkpoint and samples
@@ -79,10 +80,9 @@ log_every = 1                 # steps between lines of metrics.jsonl
 seed = 0                      # of weights, prefixes and rollouts
 device = 'auto'               # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'             # 'float32' | 'bfloat16'
-compile = False               # write as one CUDA graph with fused kernels: faster, a minute later
-init_from = 'scratch'         # scratch, resume, path of a checkpoint, or folder or hub name of a GPT-2;
-                              # math: resume, a checkpoint, a .gguf file, or a transformers folder or hub name
-page = False                  # write samples.html: texts before and after training, with their thoughts
+compile = False               # write as one CUDA graph of fused kernels: faster, a minute later
+init_from = 'scratch'         # scratch, resume, a checkpoint, or a GPT-2 by hub name; math: as reference
+page = False                  # write samples.html: texts and thoughts before and after training
 eval_only = False             # evaluate, train nothing, write nothing
 out_dir = ''                  # folder of the run; empty: out/rollout_think/<changed knobs>
 wandb_mode = 'disabled'       # 'disabled' | 'offline' | 'online'
@@ -92,11 +92,10 @@ wandb_mode = 'disabled'       # 'disabled' | 'offline' | 'online'
 knobs = read_knobs(__file__, globals(), pretrained=True)
 if group_size < 2:
     fail(f'rollouts of a prefix are compared: group_size={group_size} must be at least 2')
-if reward == 'math' and init_from == 'scratch':
-    fail('--init_from must name a pretrained model, or a checkpoint of one')
-if reward == 'text' and not reference:
-    fail('--reference must name a model that judges, such as the checkpoint of a larger one')
+if reward == 'text' and not reference or reward == 'math' and init_from == 'scratch':
+    fail('--reward=text needs a --reference that judges, --reward=math a pretrained model: --init_from')
 world, G = World(knobs), group_size
+# two parts of one shape follow, text and problems: training takes draw, losses and evaluate from one of them
 
 
 def load_theirs(kind, source, **options):
@@ -107,146 +106,139 @@ def load_theirs(kind, source, **options):
         source, options['gguf_file'] = str(Path(source).parent), Path(source).name
     try:
         return getattr(transformers, kind).from_pretrained(source, **options)
-    except Exception as error:      # transformers, tokenizers and safetensors raise many kinds
+    except Exception as error:      # of many kinds
         raise ValueError(f'no model of transformers at {source}: {str(error).strip()}') from error
 
 
 # ---- text: data and models ----
 
 def load_reference():
-    """A function from prefixes (N, S) and texts (N, n) behind them to their log-probabilities (N, n)."""
+    """A function from prefixes (N, S) and texts (N, n) behind them to log-probabilities (N, n)."""
     if reference.endswith('.pt'):
         judge = find_model(load_checkpoint(reference))
     else:
         theirs = load_theirs('AutoConfig', reference)
-        if theirs.model_type != 'gpt2' or theirs.vocab_size != d_vocab:     # other tokens than the data
+        if theirs.model_type != 'gpt2' or theirs.vocab_size != d_vocab:     # not the tokens of the data
             judge = load_theirs('AutoModelForCausalLM', reference, dtype=torch.float32)
             tokenizer = load_theirs('AutoTokenizer', reference)
             return partial(judge_by_characters, judge.to(world.device).eval(), tokenizer)
         judge = from_pretrained(reference)
-    if getattr(judge.config, 'd_normal_vocab', judge.config.d_vocab) != d_vocab:
-        raise ValueError(f'reference={reference} is no model of {d_vocab} tokens')
-    if judge.config.block_size < prefix_len + text_len - 1:
-        raise ValueError(f'reference={reference} reads {judge.config.block_size} tokens, too few')
+    room, n_tokens = judge.config.block_size, getattr(judge.config, 'd_normal_vocab', judge.config.d_vocab)
+    if room < n_cut - 1 or n_tokens != d_vocab:
+        fail(f'{reference} reads {room} of {n_tokens} tokens, texts have {n_cut - 1} of {d_vocab}')
     judge.to(world.device).eval()
     return lambda prefix, text: judge.log_probs(prefix, text, range(d_vocab))[0]
 
 
 def judge_by_characters(judge, tokenizer, prefix, text):
-    """The same by a model that reads tokens of its own; each shares its log p out evenly by characters."""
+    """The same by a model with other tokens: the log p of each is shared out evenly to its characters."""
     ours = [decode(row) for row in torch.cat([prefix, text], dim=1).tolist()]
     theirs = tokenizer([''.join(row) for row in ours], add_special_tokens=False, return_offsets_mapping=True)
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    width = max(len(row) for row in theirs['input_ids'])
-    ids = [[start, *row, *[start] * (width - len(row))] for row in theirs['input_ids']]
-    ids = torch.tensor(ids, device=world.device)                            # (N, 1 + width)
-    log_p = choice(judge(ids[:, :-1]).logits, ids[:, 1:])[0].cpu()          # (N, width)
+    ids = [torch.tensor([start, *row]) for row in theirs['input_ids']]
+    ids = pad_sequence(ids, batch_first=True, padding_value=start).to(world.device)     # (N, 1 + width)
+    log_p = judge(ids[:, :-1]).logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     shares = []
-    for row, spans, pieces in zip(log_p, theirs['offset_mapping'], ours):
-        ends, total = [end for _, end in spans], row[:len(spans)].cumsum(0)
-        so_far = np.interp(np.cumsum([len(piece) for piece in pieces]), [0, *ends], [0, *total])
+    for row, spans, pieces in zip(log_p.tolist(), theirs['offset_mapping'], ours):
+        ends = np.cumsum([len(piece) for piece in pieces])
+        so_far = np.interp(ends, [0, *(end for _, end in spans)], [0, *np.cumsum(row[:len(spans)])])
         shares.append(np.diff(so_far, prepend=0)[prefix.shape[1]:])
     return torch.tensor(np.array(shares), dtype=torch.float, device=world.device)
 
 
 def cut(tokens, starts):
     """Prefixes (B, prefix_len) that start there, and how they really go on (B, text_len)."""
-    rows = tokens[starts.numpy()[:, None] + np.arange(prefix_len + text_len)].astype(np.int64)
+    rows = tokens[starts.numpy()[:, None] + np.arange(n_cut)].astype(np.int64)
     return torch.from_numpy(rows).to(world.device).split([prefix_len, text_len], dim=1)
 
 
 if reward == 'text':
     train_set, val_set, d_vocab, decode = load_text(data)
-    last_start, longest = len(val_set) - prefix_len - text_len, text_len * (think_len + 1)
-    if min(len(train_set), len(val_set)) <= prefix_len + text_len:
-        fail(f'{data} has no {prefix_len + text_len} tokens in a row: a smaller --prefix_len or --text_len')
-    val_prefix, val_real = cut(val_set, torch.linspace(0, last_start, eval_prefixes).long())
+    n_cut, longest = prefix_len + text_len, text_len * (think_len + 1)
+    n_read = prefix_len + longest       # at most, with thoughts
+    if min(len(train_set), len(val_set)) <= n_cut:
+        fail(f'{data} has no {n_cut} tokens in a row: a smaller --prefix_len or --text_len')
+    val_prefix, val_real = cut(val_set, torch.linspace(0, len(val_set) - n_cut, eval_prefixes).long())
     with user_errors():
         if knobs.checkpoint:        # its shape counts, not the knobs
             model = find_model(knobs.checkpoint)
         elif init_from != 'scratch':
             model = from_pretrained(init_from)
         else:
-            model = GPT2(ModelConfig(d_vocab, prefix_len + longest, n_layer, n_head, d_model))
+            model = GPT2(ModelConfig(d_vocab, n_read, n_layer, n_head, d_model))
         if not isinstance(model, GPT2Thinking):
-            room = max(model.config.block_size, prefix_len + longest)
+            room = max(model.config.block_size, n_read)
             model = GPT2Thinking.from_normal(model, d_thought_vocab, block_size=room)
-        config = model.config
-        if config.d_normal_vocab != d_vocab:
-            fail(f'{init_from} is a model of {config.d_normal_vocab} tokens, {data} has {d_vocab}')
-        if config.block_size < prefix_len + longest:
-            fail(f'{init_from} reads {config.block_size} tokens, {prefix_len} + {longest} are more')
         start = find_model(knobs.checkpoint, 'start') if init_from == 'resume' else copy.deepcopy(model)
         judged = load_reference()
-    models = {'model': model.to(world.device), 'start': start.to(world.device).requires_grad_(False).eval()}
+    config, room, n_tokens = model.config, model.config.block_size, model.config.d_normal_vocab
+    if room < n_read or n_tokens != d_vocab:
+        fail(f'{init_from} reads {room} of {n_tokens} tokens, texts have up to {n_read} of {d_vocab}')
+    models = {'model': model.to(world.device), 'start': start.to(world.device).eval()}
 
 # ---- text: what is written, and what it is paid ----
 
 def write(prefix, noise, text=None):
-    """Rollouts (N, T) of prefixes (B, prefix_len) by noise (N, longest); or thoughts inside text (N, text_len)."""
+    """Rollouts (N, T) of prefixes (B, prefix_len) by noise (N, longest); with given text (N, n) if any."""
     return model.write(prefix, text_len, think_len, fixed=fixed, n_rollouts=len(noise) // len(prefix),
                        noise=noise, text=text, temperature=temperature)
 
 
 def strip(tokens):
-    """The text (N, n) in rollouts (N, T); and which of its tokens each of these is, or leads to, (N, T)."""
+    """The text (N, n) in rollouts (N, T), and which token of it each of them is, or leads to, (N, T)."""
     normal = tokens < d_vocab
     place = (normal.cumsum(1) - normal.long()).clamp(max=text_len - 1)
     return tokens[normal].view(-1, text_len), place
 
 
 def read(prefix, tokens):
-    """
-    With gradient: log-probabilities (N, T) of rollouts (N, T) among all that was allowed, 0 where a row is filled
-    up; log-probabilities and entropies (N, n) of the normal tokens in them, among normal tokens only.
-    """
+    """Log p (N, T) of rollouts (N, T); log p and entropies (N, n) of the text in them. With gradient."""
+    tokens = tokens[:, :(tokens != config.end_thought).any(0).sum()]    # T: until all have ended
     states = model.hidden(torch.cat([prefix, tokens[:, :-1]], dim=1))[:, prefix_len - 1:]
     logits, normal = model.logits(states, config.writes).float(), tokens < d_vocab
+    # a rollout's tokens: among all that were allowed after so many thoughts
     t = torch.arange(tokens.shape[1], device=tokens.device)
-    last = torch.where(normal, t, -1).cummax(1).values          # (N, T) where the last normal token is
-    may = model.allowed(F.pad(t - last, (1, -1)), think_len, fixed)
-    log_pi, _ = choice(logits.masked_fill(~may, -torch.inf), tokens)
+    n_thoughts = t - torch.where(normal, t, -1).cummax(1).values  # (N, T) since the last normal token
+    may = model.allowed(F.pad(n_thoughts, (1, -1)), think_len, fixed)
+    log_p = logits.masked_fill(~may, -torch.inf).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    # its normal tokens: among normal ones only
     is_thought = torch.arange(config.d_vocab, device=tokens.device) >= d_vocab
     own = choice(logits[normal].masked_fill(is_thought, -torch.inf), tokens[normal])
-    return torch.where(tokens == config.end_thought, 0., log_pi), *(x.view(-1, text_len) for x in own)
+    return torch.where(tokens == config.end_thought, 0., log_p), *(x.view(-1, text_len) for x in own)
 
 
 def repeats(text, n=4):
     """For each token of texts (N, S), whether it completes n tokens that are in its text already: (N, S)."""
-    found = torch.zeros_like(text, dtype=torch.bool)
-    if text.shape[1] >= n:
-        runs = text.unfold(1, n, 1)                                         # (N, S - n + 1, n)
-        found[:, n - 1:] = (runs[:, :, None] == runs[:, None]).all(-1).tril(-1).any(-1)
-    return found
+    runs = text.unfold(1, min(n, text.shape[1]), 1)  # (N, S - n + 1, n)
+    again = (runs[:, :, None] == runs[:, None]).all(-1).tril(-1).any(-1)
+    return F.pad(again, (text.shape[1] - again.shape[1], 0))
 
 
 def pay(prefix, text, own):
-    """Returns (N, n) of texts (N, n) that were written with log-probabilities own (N, n), and what to log."""
+    """What texts (N, n), written with log p own (N, n), are paid at each token (N, n); what to log."""
     log_p, log_p_start = judged(prefix, text), models['start'].log_probs(prefix, text, range(d_vocab))[0]
     kl, again = own - log_p_start, repeats(torch.cat([prefix, text], dim=1))[:, prefix_len:]
     rewards = log_p - entropy_weight * own - kl_weight * kl - repeat_cost * again
     place = torch.arange(text_len, device=text.device)
-    distance = place[:, None] - place                                       # (n, n)
-    returns = rewards @ torch.where(distance >= 0, gamma ** distance.clamp(min=0.), 0.)
+    returns = rewards @ (gamma ** (place[:, None] - place).abs()).tril()    # paid for what follows, too
     return returns, {'reward': log_p.mean(), 'kl': kl.mean(), 'repeats': again.float().mean()}
 
 
-def text_losses(batch, noise):
-    """The loss for prefixes (B, prefix_len) and how they really go on, and what to log. noise: see training."""
-    (prefix, real), (noise, noise_real) = batch, noise
-    many, tokens = prefix.repeat_interleave(G, dim=0), trim(write(prefix, noise))       # (N, T), N = B G
-    log_pi, own, entropy = read(many, tokens)                               # (N, T), (N, n), (N, n)
-    text, place = strip(tokens)                                             # (N, n), (N, T)
+def text_losses(batch, dice):
+    """The loss for prefixes and how they really go on, see cut, and what to log. dice: see training."""
+    (prefix, real), (noise, noise_real) = batch, dice
+    tokens, many = write(prefix, noise), prefix.repeat_interleave(G, dim=0)  # (N, T), N = B G
+    log_pi, own, entropy = read(many, tokens)  # (N, T), (N, n), (N, n)
+    text, place = strip(tokens[:, :log_pi.shape[1]])  # (N, n), (N, T)
     with torch.no_grad():       # rollouts of a prefix are a group at each of n places
         returns, seen = pay(many, text, own)
-        groups = returns.view(-1, G, text_len).transpose(1, 2).flatten(0, 1)            # (B n, G)
+        groups = returns.view(-1, G, text_len).transpose(1, 2).flatten(0, 1)  # (B n, G)
         weights = advantages(groups, advantage, tau).view(-1, text_len, G).transpose(1, 2).flatten(0, 1)
     loss = -(weights.gather(1, place) * log_pi).sum() / (len(prefix) * text_len)
-    n_thoughts = (tokens != config.end_thought).sum() - text.numel()
-    seen |= {'entropy': entropy.detach().mean(), 'thoughts': n_thoughts / text.numel(),
-             'reward_std_in_group': groups.std(1, correction=0).mean()}
+    seen |= {'entropy': entropy.detach().mean(), 'reward_std_in_group': groups.std(1, correction=0).mean(),
+             'thoughts': ((tokens != config.end_thought).sum() - text.numel()) / text.numel()}
     if supervised_weight:
-        supervised = -read(prefix, trim(write_real(prefix, noise_real, real)))[1].mean()
+        supervised = -read(prefix, write_real(prefix, noise_real, real))[1].mean()
         loss, seen['supervised_loss'] = loss + supervised_weight * supervised, supervised.detach()
     return loss, seen
 
@@ -254,7 +246,7 @@ def text_losses(batch, noise):
 # ---- text: evaluation ----
 
 def describe(text):
-    """Loss of texts (eval_prefixes, n) by the reference, nats per token; how varied and repetitive they are."""
+    """Loss of texts (eval_prefixes, n) by the reference, nats per token; how varied and repetitive."""
     loss, runs = -judged(val_prefix, text).mean().item(), text.unfold(1, min(4, text_len), 1).flatten(0, 1)
     return {'val_loss': loss, 'perplexity': math.exp(loss), 'distinct_4': len(runs.unique(dim=0)) / len(runs),
             'repeated_8': repeats(text, 8).float().mean().item()}
@@ -263,88 +255,59 @@ def describe(text):
 @torch.no_grad()
 def evaluate_texts(step):
     """Report on val, show three texts, keep the best checkpoint. Returns what belongs on the last line."""
-    generator = torch.Generator(world.device).manual_seed(seed)
-    noise, dice = torch.rand(2, eval_prefixes, longest, generator=generator, device=world.device)
-
-    def rollouts(thoughts=None):
-        return model.write(val_prefix, text_len, think_len, fixed=fixed, noise=noise, thoughts=thoughts)
-
-    tokens, losses = rollouts(), {}
-    pool = tokens[(tokens >= d_vocab) & (tokens != config.end_thought)]     # all thoughts that were written
+    torch.manual_seed(seed)
+    noise, other = torch.rand(2, eval_prefixes, longest, device=world.device)
+    rollouts = partial(model.write, val_prefix, text_len, think_len, fixed=fixed, noise=noise)
+    tokens = rollouts()
+    pool = tokens[(tokens >= d_vocab) & (tokens != config.end_thought)]     # all thoughts in them
     own = {'thoughts': len(pool) / eval_prefixes / text_len} | describe(strip(tokens)[0])
-    if len(pool):
-        losses = {name: describe(strip(rollouts(thoughts))[0])['val_loss'] for name, thoughts in {
-            'shuffled': pool[(dice * len(pool)).long()],
-            'random': d_vocab + (dice * config.d_thought_vocab).long(),
-            'constant': pool.mode().values.expand(dice.shape)}.items()}
+    swaps = {} if not len(pool) else {
+        'shuffled': pool[(other * len(pool)).long()],
+        'random': d_vocab + (other * config.d_thought_vocab).long(),
+        'constant': pool.mode().values.expand(other.shape)}
+    losses = {name: describe(strip(rollouts(thoughts=swap))[0])['val_loss'] for name, swap in swaps.items()}
     if think_len:
         losses['none'] = describe(model.write(val_prefix, text_len, 0, noise=noise))['val_loss']
     real = describe(val_real)
     run.report(step, val_loss_real=real['val_loss'],
                **{f'val_loss_{name}': loss for name, loss in losses.items()}, **own)
-    for start, row in zip(val_prefix[:3].tolist(), tokens.tolist()):
-        row = [token for token in row if token != config.end_thought]
-        run.sample(show_tokens(start + row, config, decode, ''))
+    for row in torch.cat([val_prefix, tokens], dim=1)[:3].tolist():
+        run.sample(show_tokens([t for t in row if t != config.end_thought], config, decode, ''))
     run.save_best(step, -own['val_loss'], models)
     return own | {'real': real, 'ablation': {'own': own['val_loss']} | losses}
 
 
-def changes(by, prefix, tokens):
-    """How much each thought in rollouts (N, T) raised log p of the next normal token, nats: (N, T), else 0."""
-    text, place = strip(tokens)
-    states = by.hidden(torch.cat([prefix, tokens], dim=1))[:, prefix_len - 1:]          # (N, T + 1, d_model)
-    log_p, following = by.logits(states, range(d_vocab)).float().log_softmax(-1), text.gather(1, place)
-    before, after = (x.gather(-1, following[..., None])[..., 0] for x in (log_p[:, :-1], log_p[:, 1:]))
-    return (after - before) * (tokens >= d_vocab)
-
-
 @torch.no_grad()
 def write_page():
-    """samples.html: how ten prefixes of val go on before training and after, and what each thought changed."""
-    prefix, generator = val_prefix[:10], torch.Generator(world.device).manual_seed(seed)
-    noise = torch.rand(len(prefix), longest, generator=generator, device=world.device)
-    page = ('<!doctype html><meta charset="utf-8"><title>Thoughts in text</title><style>body{max-width:50em;'
+    """samples.html: ten prefixes go on, before and after training, and what each thought changed."""
+    page = ('<!doctype html><meta charset="utf-8"><style>body{max-width:50em;'
             'margin:auto;font:16px serif;white-space:pre-wrap}i{color:#999}b{color:#088;cursor:help}</style>')
     for title, by in (('Before', models['start']), ('After', model)):
         page += f'<h2>{title}</h2>'
-        tokens = by.write(prefix, text_len, think_len, fixed=fixed, noise=noise)
-        for start, row, change in zip(prefix.tolist(), tokens.tolist(), changes(by, prefix, tokens).tolist()):
+        torch.manual_seed(seed)
+        tokens = by.write(val_prefix[:10], text_len, think_len, fixed=fixed)
+        text, place = strip(tokens)
+        states = by.hidden(torch.cat([val_prefix[:10], tokens], dim=1))[:, prefix_len - 1:]
+        log_p = by.logits(states, range(d_vocab)).log_softmax(-1)  # (N, T + 1, d_vocab)
+        coming = text.gather(1, place)[..., None]  # (N, T, 1) the next normal token
+        rise = log_p[:, 1:].gather(-1, coming) - log_p[:, :-1].gather(-1, coming)
+        for start, row, rises in zip(val_prefix.tolist(), tokens.tolist(), rise[..., 0].tolist()):
             texts = list(map(html.escape, decode(start + [token for token in row if token < d_vocab])))
-            page += f'<p><i>{"".join(texts[:prefix_len])}</i>'
             rest = iter(texts[prefix_len:])
-            for token, nats in zip(row, change):
-                if token < d_vocab:
-                    page += next(rest)
-                elif token != config.end_thought:
-                    name = f'&lt;think{token - d_vocab}&gt;'
-                    page += f'<b title="log p of the next token {nats:+.2f}">{name}</b>'
-            page += '</p>'
+            page += f'<p><i>{"".join(texts[:prefix_len])}</i>' + ''.join(
+                next(rest) if token < d_vocab else
+                f'<b title="log p of the next token {nats:+.2f}">&lt;think{token - d_vocab}&gt;</b>'
+                for token, nats in zip(row, rises) if token != config.end_thought) + '</p>'
     write_atomic(run.folder / 'samples.html', lambda path: path.write_text(page, encoding='utf-8'))
 
 
 # ---- problems: data and model ----
 
-PROMPT = 'Solve the problem step by step. Put the answer into \\boxed{}.'
-EXAMPLES = [    # they show the form: the smallest models do not get it from the words
+TURNS = [   # examples show the form: the smallest models do not get it from the words
+    'Solve the problem step by step. Put the answer into \\boxed{}.\n\n'
     'Tom has 9 pens. Tom loses 6 pens. How many pens does Tom have now?', '9 - 6 = 3\n\\boxed{3}',
     'Eva has 7 pens. Eva finds 5 more pens. Tom has 2 times as many pens as Eva has now. '
     'How many pens does Tom have?', '7 + 5 = 12\n2 * 12 = 24\n\\boxed{24}']
-
-
-def load_solver(source, state=None):
-    """A model and its tokenizer; state: newer weights of the same model. Raises ValueError, in one line."""
-    tokenizer = load_theirs('AutoTokenizer', source)
-    model = load_theirs('AutoModelForCausalLM', source, dtype=torch.float32)
-    model.load_state_dict(state or model.state_dict())
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    if tokenizer.pad_token is None or ends is None:
-        raise ValueError(f'the tokenizer of {source} has no token that ends a text')
-    # greedy, as solve samples by itself; nor are other settings of its makers kept
-    model.generation_config = need('transformers', '').GenerationConfig(
-        max_new_tokens=text_len, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends)
-    return model.to(world.device), tokenizer
 
 
 def pick(problems, rows):
@@ -354,17 +317,14 @@ def pick(problems, rows):
 
 def ask(problems):
     """What the model is asked: tokens (B, S), padded in front, and which of them are no padding (B, S)."""
-    texts = []
+    texts, template = [], tokenizer.chat_template
     for problem in problems:
-        turns = [*EXAMPLES, problem['question']]
-        if tokenizer.chat_template:
-            turns[0] = f'{PROMPT}\n\n{turns[0]}'        # some templates have no turn for a system
-            chat = [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(turns)]
-            texts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        else:
-            texts.append('\n\n'.join([PROMPT, *turns, '']))
+        turns = [*TURNS, problem['question']]
+        chat = [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(turns)]
+        texts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+                     if template else '\n\n'.join([*turns, '']))
     asked = tokenizer(texts, return_tensors='pt', padding=True, padding_side='left',
-                      add_special_tokens=not tokenizer.chat_template)
+                      add_special_tokens=not template)
     return asked['input_ids'].to(world.device), asked['attention_mask'].to(world.device).bool()
 
 
@@ -379,25 +339,28 @@ if reward == 'math':
     if 'source' not in packed:
         fail(f'{init_from} has no model for --reward=math')
     with user_errors():
-        model, tokenizer = load_solver(**packed)
-    models = {'model': {'source': packed['source'], 'state': model.state_dict()}}   # the tensors, not copies
+        tokenizer = load_theirs('AutoTokenizer', packed['source'])
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        model = load_theirs('AutoModelForCausalLM', packed['source'], dtype=torch.float32).to(world.device)
+        n_read = ask(train_set + val_set)[0].shape[1] + text_len
+    model.load_state_dict(packed.get('state', model.state_dict()))
+    models = {'model': {'source': packed['source'], 'state': model.state_dict()}}   # the tensors, no copies
     longest, room = text_len, getattr(model.config, 'max_position_embeddings', math.inf)
-    long = sorted(train_set + val_set, key=lambda problem: len(problem['question']))[-100:]
-    if (n_asked := ask(long)[0].shape[1]) + text_len > room:
-        fail(f'{init_from} reads {room} tokens, problems of {n_asked} and solutions of {text_len} are more')
+    if n_read > room:
+        fail(f'{init_from} reads {room} tokens, problems with their solutions have up to {n_read}')
+    # greedy, as solve samples by itself, and without other settings of its makers
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    model.generation_config = need('transformers', '').GenerationConfig(
+        max_new_tokens=text_len, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends)
 
-# ---- problems: solutions, and what they are paid ----
 
 @torch.no_grad()
 def solve(asked, given, noise=None):
-    """
-    Solutions of what is asked (N, S), of which given (N, S) is no padding: tokens (N, T), which of them (N, T) are
-    written, the end included, and texts. noise: (N, text_len); without it each token is the likeliest.
-    """
+    """Solutions, by noise (N, text_len) or greedy: tokens (N, T), which are no padding (N, T), and texts."""
     def draw_token(ids, logits):
         token = sample(logits, noise[:, ids.shape[1] - asked.shape[1]], temperature)
         return torch.full_like(logits, -torch.inf).scatter(1, token[:, None], 0.)
-
     tokens = model.generate(input_ids=asked, attention_mask=given,
                             logits_processor=None if noise is None else [draw_token])[:, asked.shape[1]:]
     torch.clear_autocast_cache()        # weights that were cast here have no gradient
@@ -409,32 +372,28 @@ def solve(asked, given, noise=None):
 
 def solution_log_probs(asked, given, tokens, mask):
     """Log-probabilities (N, T), with gradient, of solutions as solve returns them; 0 behind their end."""
-    ids, seen = torch.cat([asked, tokens], dim=1), torch.cat([given, mask], dim=1)      # (N, S + T)
-    positions = (seen.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=seen.long(), position_ids=positions,
-                   logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]                   # (N, T, V)
-    return choice(logits, tokens)[0].masked_fill(~mask, 0.)
+    ids, seen = torch.cat([asked, tokens], dim=1), torch.cat([given, mask], dim=1)  # (N, S + T)
+    logits = model(input_ids=ids, attention_mask=seen.long(), position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+                   logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]  # (N, T, V)
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0].masked_fill(~mask, 0.)
 
 
-def problem_losses(problems, noise):
-    """The loss for problems (B,), and what to log. noise: see training."""
-    asked, given = (rows.repeat_interleave(G, dim=0) for rows in ask(problems))         # (N, S), N = B G
-    tokens, mask, texts = solve(asked, given, noise[0])
+def problem_losses(problems, dice):
+    """The loss for problems (B,), and what to log. dice: see training."""
+    asked, given = (rows.repeat_interleave(G, dim=0) for rows in ask(problems))  # (N, S), N = B G
+    tokens, mask, texts = solve(asked, given, dice[0])
     grades = [grade(text, problems[n // G]['answer']) for n, text in enumerate(texts)]
-    right, formed = torch.tensor(grades, device=world.device).float().T                 # (N,)
+    right, formed = torch.tensor(grades, device=world.device).float().T  # (N,)
     weights = advantages((right + format_weight * formed).view(-1, G), advantage, tau)  # (B, G)
-    # each part is read here and once more for its gradient, so that one at a time is in memory
-    parts = zip(*(x.split(micro_batch) for x in (asked, given, tokens, mask)))
+    # each part is read here, and again for its gradient, so that only one is in memory
+    parts = zip(*(x.split(micro_batch or len(x)) for x in (asked, given, tokens, mask)))
     log_pi = torch.cat([checkpoint(solution_log_probs, *part, use_reentrant=False, preserve_rng_state=False)
-                        for part in parts])                                             # (N, T)
+                        for part in parts])  # (N, T)
     loss = -(weights.flatten() * log_pi.sum(1)).sum() / (len(problems) * text_len)
-    share = right.view(-1, G).mean(1)
     return loss, {'accuracy': right.mean(), 'format': formed.mean(), 'length': mask.sum(1).float().mean(),
-                  'mixed': ((share > 0) & (share < 1)).float().mean(),      # groups that teach something
+                  'mixed': (right.view(-1, G).std(1) > 0).float().mean(),   # groups with right and wrong ones
                   'entropy': -log_pi.detach().sum() / mask.sum(), **concentration(weights)}
 
-
-# ---- problems: evaluation ----
 
 def evaluate_problems(step):
     """Report on val, show solutions, keep the best checkpoint. Returns what belongs on the last line."""
@@ -442,12 +401,11 @@ def evaluate_problems(step):
     for i in range(0, len(tried), batch_size * G):
         with world.autocast:
             texts += solve(*ask(tried[i:i + batch_size * G]))[2]
-    grades, by_level = [grade(text, problem['answer']) for text, problem in zip(texts, tried)], {}
-    for problem, (right, _) in zip(tried, grades):
-        by_level.setdefault(problem['level'], []).append(right)
-    by_level = {level: np.mean(rights).item() for level, rights in by_level.items()}
-    accuracy, form = np.mean(grades, axis=0).tolist()
-    run.report(step, **{f'val_accuracy_at_{level}': share for level, share in by_level.items()},
+    grades = np.array([grade(text, problem['answer']) for text, problem in zip(texts, tried)])  # (n, 2)
+    level = np.array([problem['level'] for problem in tried])
+    by_level = {name: grades[level == name, 0].mean().item() for name in np.unique(level).tolist()}
+    accuracy, form = grades.mean(0).tolist()
+    run.report(step, **{f'val_accuracy_at_{name}': share for name, share in by_level.items()},
                val_format=form, val_accuracy=accuracy)
     for i in range(0, len(tried), max(1, len(tried) // 5)):
         run.sample(f'{paint(tried[i]["question"], "blue")}\n{texts[i]}', grades[i][0])
@@ -455,11 +413,11 @@ def evaluate_problems(step):
     return {'accuracy': accuracy, 'accuracy_at_level': by_level, 'format': form}
 
 
-# ---- training, by one of the two ----
+# ---- training ----
 
 if reward == 'text':
-    draw, losses, evaluate, n_train = cut, text_losses, evaluate_texts, len(train_set) - prefix_len - text_len
-    write, write_real = (recorded(write, fuse=True) if compile else write for _ in range(2))
+    draw, losses, evaluate, n_train = cut, text_losses, evaluate_texts, len(train_set) - n_cut
+    write, write_real = [recorded(write, fuse=True) for _ in 'ab'] if compile else [write, write]
 else:
     draw, losses, evaluate, n_train = pick, problem_losses, evaluate_problems, len(train_set)
 optimizer = make_optimizer(model.eval(), learning_rate, weight_decay)       # nothing is dropped
@@ -471,10 +429,9 @@ for step in run.steps(run.first_step if eval_only else max_steps):
         evaluate(step)
     schedule(optimizer, learning_rate, step, max_steps, warmup_steps, cosine=True)
     rows = torch.from_numpy(np.random.default_rng([seed, step]).integers(n_train, size=batch_size))
-    # one number decides one token: of rollouts (B G, longest), of thoughts in real text (B, longest)
-    noise = [world.draw(torch.rand, batch_size * n, longest) for n in (G, 1)]
+    dice = [world.draw(torch.rand, batch_size * n, longest) for n in (G, 1)]    # for rollouts, for real text
     with world.autocast:
-        loss, seen = losses(draw(train_set, world.share(rows)), noise)
+        loss, seen = losses(draw(train_set, world.share(rows)), dice)
     loss.backward()
     world.mean_gradients(model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or torch.inf)

@@ -1,4 +1,6 @@
 """How the tests run the scripts: in a process of their own where that matters, in this one where it does not."""
+import functools
+import gc
 import json
 import os
 import runpy
@@ -11,29 +13,26 @@ import numpy as np
 import pytest
 import torch
 
-from model import GPT2, ModelConfig, pack
+import utils
+from model import GPT2, ModelConfig
 
 torch.set_num_threads(1)    # tiny models are faster so
 ROOT = Path(__file__).parent.parent
 TEXT = tempfile.TemporaryDirectory()     # data as prepare_data.py makes it: 40 words again and again, 14 characters
-TINY = {'add_think_blind': ['--input_max=7', '--d_thought_vocab=7', '--think_len=1', '--batch_size=16', '--d_model=16',
-                            '--n_head=2', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu'],
-        'add_think': ['--input_max=3', '--k=3', '--advance_at=.3', '--batch_size=8', '--group_size=4', '--d_model=16',
-                      '--n_head=2', '--d_thought_vocab=5', '--max_steps=6', '--eval_every=3', '--log_every=1',
-                      '--eval_questions=20', '--enough=2', '--device=cpu'],
-        'add_normal': ['--input_max=7', '--batch_size=16', '--d_model=16', '--n_head=2', '--max_steps=6',
-                       '--eval_every=3', '--log_every=1', '--device=cpu'],
-        'autoencoder_think': ['--input_max=8', '--d_thought_vocab=3', '--batch_size=4', '--d_model=16', '--n_head=2',
-                              '--inner_steps=2', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu'],
-        'supervised_rollout_think': [f'--data={TEXT.name}', '--text_len=8', '--batch_size=8', '--n_layer=1',
-                                     '--n_head=2', '--d_model=16', '--d_thought_vocab=5', '--warmup_steps=2',
-                                     '--max_steps=6', '--eval_every=3', '--log_every=1', '--eval_sequences=10',
-                                     '--device=cpu', '--thought=token', '--readers=own', '--think_len=1', '--at_once=1',
-                                     '--spread=1', '--temperature=1', '--gate=learned'],
-        'rollout_think': [f'--data={TEXT.name}', f'--reference={TEXT.name}/judge.pt', '--prefix_len=5', '--text_len=6',
-                          '--batch_size=4', '--group_size=4', '--n_layer=1', '--n_head=2', '--d_model=16',
-                          '--d_thought_vocab=5', '--warmup_steps=2', '--max_steps=6', '--eval_every=3',
-                          '--eval_prefixes=10', '--device=cpu']}
+TORCHRUN = sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'
+ALL = ['--n_head=2', '--d_model=16', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu']
+OF_TEXT = [*ALL, f'--data={TEXT.name}', '--n_layer=1', '--d_thought_vocab=5', '--warmup_steps=2']
+TINY = {
+    'add_normal': [*ALL, '--input_max=7', '--batch_size=16'],
+    'add_think_blind': [*ALL, '--input_max=7', '--d_thought_vocab=7', '--think_len=1', '--batch_size=16'],
+    'add_think': [*ALL, '--input_max=3', '--k=3', '--advance_at=.3', '--batch_size=8', '--group_size=4',
+                  '--d_thought_vocab=5', '--eval_questions=20', '--enough=2'],
+    'autoencoder_think': [*ALL, '--input_max=8', '--d_thought_vocab=3', '--batch_size=4', '--inner_steps=2'],
+    'supervised_rollout_think': [*OF_TEXT, '--text_len=8', '--batch_size=8', '--eval_sequences=10',
+                                 '--thought_kind=token', '--readers=own', '--think_len=1', '--at_once=1',
+                                 '--gate=learned'],
+    'rollout_think': [*OF_TEXT, f'--reference={TEXT.name}/judge.pt', '--prefix_len=5', '--text_len=6',
+                      '--batch_size=4', '--group_size=4', '--eval_prefixes=10']}
 
 
 def make_text(folder):
@@ -51,13 +50,22 @@ make_text(TEXT.name)
 torch.manual_seed(0)
 JUDGE = GPT2(ModelConfig(d_vocab=14, block_size=16, n_layer=1, n_head=2, d_model=16))
 for name in ('model', 'other'):
-    torch.save(dict.fromkeys(('knobs', 'step', 'best', 'seconds', 'written', 'optimizers', 'generator'), {}) | {
-        'script': 'judge', 'models': {name: pack(JUDGE)}}, f'{TEXT.name}/{"judge" if name == "model" else name}.pt')
+    rest = dict.fromkeys(('knobs', 'step', 'best', 'seconds', 'written', 'optimizers', 'generator'), {})
+    torch.save(rest | {'script': 'judge', 'models': {name: utils.pack(JUDGE)}},
+               f'{TEXT.name}/{"judge" if name == "model" else name}.pt')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def nothing_is_left_in_the_checkout():
+    """Tests write their runs elsewhere."""
+    before = set(ROOT.glob('out/*/*'))
+    yield
+    assert set(ROOT.glob('out/*/*')) == before
 
 
 def start(script, *arguments, launcher=(sys.executable,), env=()):
     """Start a script with its tiny knobs and more; a running process."""
-    return subprocess.Popen([*launcher, ROOT / f'{script}.py', *TINY[script], *arguments], text=True,
+    return subprocess.Popen([*launcher, ROOT / f'{script}.py', *TINY[script], *arguments], text=True, cwd=TEXT.name,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, 'OMP_NUM_THREADS': '1', 'NO_COLOR': '1', **dict(env)})
 
@@ -66,13 +74,14 @@ def run(script, *arguments, **how):
     """Run a script with its tiny knobs and more to its end. Returns the JSON object of its last line."""
     process = start(script, *arguments, **how)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
+    return result_of((process.returncode, out, err))
 
 
 @pytest.fixture
-def run_here(monkeypatch, capsys):
+def run_here(monkeypatch, capsys, tmp_path):
     """Run a script in this process: (exit code, stdout, stderr). Quicker, as torch is loaded."""
+    monkeypatch.chdir(tmp_path)
+
     def run_here(script, *arguments):
         monkeypatch.setattr(sys, 'argv', [f'{script}.py', *TINY.get(script, ()), *arguments])
         capsys.readouterr()
@@ -86,6 +95,25 @@ def run_here(monkeypatch, capsys):
     return run_here
 
 
+def result_of(ran):
+    """The JSON object of the last line of a script that ran to its end: (exit code, stdout, stderr)."""
+    code, out, err = ran
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def interrupt(step, run_here, *arguments):
+    """Run a script in this process until it logs this step, which Ctrl-C prevents."""
+    def breaks(self, at, log=utils.Run.log, **numbers):
+        if at == step:
+            raise KeyboardInterrupt
+        log(self, at, **numbers)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(utils.Run, 'log', breaks)
+        run_here(*arguments)
+    gc.collect()        # closes its files, as the end of a process does
+
+
 def metrics(folder):
     """The lines of metrics.jsonl but for the speeds and times in them."""
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
@@ -94,12 +122,15 @@ def metrics(folder):
 
 
 @pytest.fixture
-def script(request, monkeypatch, tmp_path):
-    """The names of the test module's SCRIPT after it has run with more knobs, but trained and written nothing."""
-    name = request.module.SCRIPT
-
-    def script(*more):
-        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *TINY[name], '--eval_only=True', f'--out_dir={tmp_path}/e',
-                                          *more])
+def names_of(monkeypatch, tmp_path):
+    """The names of a script after it has run with more knobs, but trained and written nothing."""
+    def names_of(name, *more):
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *TINY[name], '--eval_only=True', f'--out_dir={tmp_path}/e', *more])
         return runpy.run_path(str(ROOT / f'{name}.py'))
-    return script
+    return names_of
+
+
+@pytest.fixture
+def script(request, names_of):
+    """The same for the test module's SCRIPT."""
+    return functools.partial(names_of, request.module.SCRIPT)

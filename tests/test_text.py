@@ -1,44 +1,54 @@
-"""supervised_rollout_think.py: ordinary training where nobody thinks, and what thoughts are paid where they do."""
+"""supervised_rollout_think.py: ordinary training without thoughts, and what thoughts are paid with them."""
 import json
 import math
+import runpy
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TEXT, metrics
+from conftest import ROOT, TEXT, TINY, metrics, result_of
 
+import utils
 from model import GPT2, ModelConfig, unpack
 
 SCRIPT = 'supervised_rollout_think'
 
 
-def losses(folder, *more):
+@pytest.fixture
+def train(run_here, tmp_path):
+    """Train with more knobs, in a new folder; returns it, and the last line."""
+    def train(*more, name='a'):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        return tmp_path / name, result_of(run_here(SCRIPT, f'--out_dir={tmp_path}/{name}', *more))
+    return train
+
+
+def losses(folder):
     """The training loss at each step of a run."""
-    return torch.tensor([line['loss'] for line in metrics(folder) if 'loss' in line], dtype=torch.float64)
+    return torch.tensor([line['loss'] for line in metrics(folder) if 'loss' in line])
 
 
 def load(folder):
     return unpack(torch.load(folder / 'ckpt.pt', weights_only=True)['models']['model'])
 
 
-def test_without_thoughts_it_is_ordinary_training(run_here, tmp_path):
+def test_without_thoughts_it_is_ordinary_training(train):
     """As nanoGPT's train.py does it, written out here."""
-    knobs = ['--think_len=0', '--learning_rate=1e-2', '--max_steps=30', '--eval_every=30', '--warmup_steps=5',
-             '--seed=3', '--n_layer=2']
-    assert run_here(SCRIPT, f'--out_dir={tmp_path}/a', *knobs)[0] == 0
+    knobs = '--learning_rate=1e-2 --max_steps=30 --warmup_steps=5 --seed=3 --n_layer=2'
+    folder, _ = train('--think_len=0', *knobs.split())
     torch.manual_seed(3)
     model = GPT2(ModelConfig(d_vocab=14, block_size=8, n_layer=2, n_head=2, d_model=16))
-    decay, rest = ([p for p in model.parameters() if (p.dim() >= 2) == matrix] for matrix in (True, False))
-    optimizer = torch.optim.AdamW([{'params': decay, 'weight_decay': .1}, {'params': rest, 'weight_decay': 0.}],
-                                  lr=1e-2, betas=(.9, .99))
+    optimizer = torch.optim.AdamW([
+        {'params': [p for p in model.parameters() if p.dim() >= 2], 'weight_decay': .1},
+        {'params': [p for p in model.parameters() if p.dim() < 2], 'weight_decay': 0.}], betas=(.9, .99))
     text, found = np.fromfile(f'{TEXT.name}/train.bin', np.uint16), []
     for step in range(30):
-        rate = 1e-2 * (step + 1) / 6 if step < 5 else (
-            1e-3 + (1e-2 - 1e-3) * .5 * (1 + math.cos(math.pi * (step - 5) / (30 - 5))))
+        cosine = 1e-3 + (1e-2 - 1e-3) * .5 * (1 + math.cos(math.pi * (step - 5) / (30 - 5)))
         for group in optimizer.param_groups:
-            group['lr'] = rate
+            group['lr'] = 1e-2 * (step + 1) / 6 if step < 5 else cosine
         starts = np.random.default_rng([3, step]).integers(len(text) - 8, size=8)
         x, y = (torch.tensor(np.stack([text[i + k:i + k + 8] for i in starts]).astype(int)) for k in (0, 1))
         loss = F.cross_entropy(model(x).view(-1, 14), y.flatten())
@@ -47,90 +57,114 @@ def test_without_thoughts_it_is_ordinary_training(run_here, tmp_path):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step()
         found.append(loss.item())
-    torch.testing.assert_close(losses(tmp_path / 'a'), torch.tensor(found, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(losses(folder), torch.tensor(found), atol=1e-6, rtol=0)
     assert found[-1] < found[0] - .1
 
 
-@pytest.mark.parametrize('more', [['--think_len=3'], ['--readers=later', '--init=unit'], ['--accumulate=4']])
-def test_thoughts_that_are_hidden_from_the_answer_change_nothing(more, run_here, tmp_path):
-    more += ['--max_steps=20', '--eval_every=20']
-    assert run_here(SCRIPT, f'--out_dir={tmp_path}/a', *more, '--think_len=0')[0] == 0
-    assert run_here(SCRIPT, f'--out_dir={tmp_path}/b', *more, '--gate=closed', '--policy_weight=0')[0] == 0
-    if '--accumulate=4' not in more:
-        torch.testing.assert_close(losses(tmp_path / 'a'), losses(tmp_path / 'b'), atol=1e-6, rtol=0)
-    for name, p in load(tmp_path / 'a').state_dict().items():
-        grown = load(tmp_path / 'b').state_dict()[name][:len(p)]
-        torch.testing.assert_close(grown, p, atol=1e-5, rtol=0)
+@pytest.mark.parametrize('more', ['--think_len=3', '--readers=later', '--micro_batch=2'])
+def test_thoughts_that_are_hidden_from_the_answer_change_nothing(more, train):
+    more = [more, '--max_steps=20', '--eval_every=20']
+    plain, _ = train(*more, '--think_len=0')
+    hidden, _ = train(*more, '--gate=closed', '--policy_weight=0', name='b')
+    torch.testing.assert_close(losses(plain), losses(hidden), atol=1e-6, rtol=0)
+    for name, p in load(plain).state_dict().items():
+        torch.testing.assert_close(load(hidden).state_dict()[name][:len(p)], p, atol=1e-5, rtol=0)
 
 
-def test_parts_of_a_batch_make_the_update_of_the_whole(run_here, tmp_path):
-    for parts in (1, 4):
-        assert run_here(SCRIPT, f'--out_dir={tmp_path}/{parts}', f'--accumulate={parts}')[0] == 0
-    for name, p in load(tmp_path / '1').state_dict().items():
-        torch.testing.assert_close(load(tmp_path / '4').state_dict()[name], p, atol=1e-5, rtol=0)
+def test_micro_batches_make_the_update_of_the_whole(train, run_here):
+    whole, parts = train()[0], train('--micro_batch=2', name='b')[0]
+    torch.testing.assert_close(losses(whole), losses(parts), atol=1e-5, rtol=0)
+    torch.testing.assert_close(load(whole).state_dict(), load(parts).state_dict(), atol=1e-5, rtol=0)
+    refused = run_here(SCRIPT, '--micro_batch=3')
+    assert refused == (2, '', 'error: micro_batch=3 does not divide the 8 sequences of a process\n')
 
 
-def test_a_model_that_is_grown_begins_at_the_loss_it_had(run_here, tmp_path):
-    code, out, _ = run_here(SCRIPT, f'--out_dir={tmp_path}/a', '--think_len=0', '--max_steps=30')
-    before = json.loads(out.splitlines()[-1])['val_loss']
-    grow = [f'--init_from={tmp_path}/a/ckpt.pt', '--think_len=2', f'--reference={tmp_path}/a/ckpt.pt']
-    code, out, err = run_here(SCRIPT, f'--out_dir={tmp_path}/b', *grow)
-    assert code == 0, err
-    first, result = metrics(tmp_path / 'b')[0], json.loads(out.splitlines()[-1])
+def test_a_model_that_is_grown_begins_at_the_loss_it_had(train):
+    folder, before = train('--think_len=0', '--max_steps=30')
+    grow = [f'--init_from={folder}/ckpt.pt', '--think_len=2', f'--reference={folder}/ckpt.pt']
+    grown, result = train(*grow, name='b')
     for name in ('val_loss', 'val_loss_none', 'val_loss_reference'):
-        assert first[name] == pytest.approx(before, abs=1e-6)
-    assert result['above_own']['reference'][0] == pytest.approx(before - result['val_loss'], abs=1e-6)
-    assert result['val_loss'] != before and set(result['by_difficulty']) == {'reference', 'none', 'own'}
-    fifths = result['by_difficulty']['reference']
-    assert sorted(fifths) == fifths and len(fifths) == 5 and sum(fifths) / 5 == pytest.approx(before, abs=.01)
+        assert metrics(grown)[0][name] == pytest.approx(before['val_loss'], abs=1e-6)
+    above, error = result['above_own']['reference']
+    assert above == pytest.approx(before['val_loss'] - result['val_loss'], abs=1e-6) and above != 0 < error
+    assert [*result['ablation']] == ['own', 'shuffled', 'random', 'constant', 'none']
 
 
 def test_the_last_position_alone_loses_what_it_loses_among_all(script):
-    names = script('--positions=last', '--gate=none', '--think_len=2', '--policy_weight=0')
-    x, y = names['draw'](0)
+    names = script('--gate=none', '--think_len=2')
+    x, y = names['cut'](names['train_set'][:8])
     noise = torch.rand(16, 8, 2)
-    last = names['losses'](x, y, noise, 0.)[0]
-    *_, states = names['think'](x, noise)
+    tokens, log_pi, entropy, _, states = names['think'](x, noise)
     every = names['loss_at'](states, y.repeat_interleave(2, dim=0))
-    torch.testing.assert_close(last, every[:, -1].mean(), atol=1e-5, rtol=0)
+    alone = names['model'].think(x, 2, n_rollouts=2, noise=noise[:, -1]).tokens
+    assert torch.equal(alone, tokens[:, -1])
+    *chosen, logits = names['model'].think_and_answer(x.repeat_interleave(2, dim=0), alone)
+    torch.testing.assert_close(chosen, [log_pi[:, -1], entropy[:, -1]], atol=1e-5, rtol=0)
+    loss = F.cross_entropy(logits, y[:, -1].repeat_interleave(2), reduction='none')
+    torch.testing.assert_close(loss, every[:, -1], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('gamma', [0., .5])
-def test_thoughts_are_paid_by_what_others_of_their_position_get(gamma, script):
-    names = script('--think_len=2', '--gate=none', '--policy_weight=3', f'--gamma={gamma}', '--readers=later')
-    x, y = (part[:2] for part in names['draw'](0))
-    noise = torch.rand(6, 8, 2)     # three rollouts
-    loss = names['losses'](x, y, noise, .7)[0]
-    _, log_pi, entropy, _, states = names['think'](x, noise)
+@pytest.mark.parametrize('baseline', ['group', 'no_think'])
+def test_thoughts_are_paid_more_than_the_baseline_or_less(baseline, script):
+    names = script('--think_len=2', '--gate=none', '--policy_weight=3', '--group_size=3', '--readers=later',
+                   f'--baseline={baseline}')
+    x, y = names['cut'](names['train_set'][:2])
+    noise = torch.rand(6, 8, 2)
+    loss, _ = names['learn'](x, y, noise, .7)
+    _, log_pi, entropy, plain, states = names['think'](x, noise)
     right = -names['loss_at'](states, y.repeat_interleave(3, dim=0))
-    expected = -right.mean()
+    without = -names['loss_at'](plain, y)       # the lagged copy is still the model
+    expected = -right.mean() - (without.mean() if baseline == 'no_think' else 0)
     for b in range(2):
         for s in range(8):
-            paid = [sum(gamma ** (t - s) * right[3 * b + g, t].item() for t in range(s, 8)) for g in range(3)]
+            paid = right[3 * b:3 * b + 3, s].detach()
+            advantage = paid - (paid.mean() if baseline == 'group' else without[b, s].detach())
             for g in range(3):
-                advantage = paid[g] - sum(paid) / 3
-                expected = expected - 3 * advantage / 3 * log_pi[3 * b + g, s].sum() / 16
+                expected = expected - 3 * advantage[g] / 3 * log_pi[3 * b + g, s].sum() / 16
                 expected = expected - .7 * entropy[3 * b + g, s].sum() / 48
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
 
 
-def test_every_knob_of_text_does_something(run_here, tmp_path):
+def test_what_is_edited_in_the_file_is_checked_too(monkeypatch, capsys, tmp_path):
+    source = (ROOT / f'{SCRIPT}.py').read_text()
+    (tmp_path / f'{SCRIPT}.py').write_text(source.replace('group_size = 4 ', 'group_size = 1 '))
+    monkeypatch.setattr(sys, 'argv', [SCRIPT, *TINY[SCRIPT]])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(tmp_path / f'{SCRIPT}.py'))
+    assert 'group_size=1 must be at least 2' in capsys.readouterr().err
+
+
+def test_samples_go_on_from_the_end_of_a_short_val(train, tmp_path):
+    for part in ('train.bin', 'meta.json'):
+        shutil.copy(f'{TEXT.name}/{part}', tmp_path)
+    np.arange(2, 14, dtype=np.uint16).tofile(tmp_path / 'val.bin')      # abc...l
+    for more in (['--fixed=False', '--think_len=3'], ['--think_len=0']):
+        samples = (train(f'--data={tmp_path}', *more)[0] / 'samples.txt').read_text()
+        assert samples.startswith('efghijkl | ') and ('<think' in samples) == ('--think_len=3' in more)
+        assert '<end_thought>' not in samples and '><' not in samples
+
+
+def test_mfu_counts_what_nanogpt_counts_for_every_pass(train, monkeypatch):
+    monkeypatch.setattr(utils, 'peak_flops', lambda device: 1e9)
+    assert 'mfu' not in (train()[0] / 'metrics.jsonl').read_text()      # in float32
+    folder, _ = train('--think_len=2', '--dtype=bfloat16')
+    line = next(json.loads(line) for line in open(folder / 'metrics.jsonl') if 'mfu' in line)
+    n = sum(p.numel() for p in load(folder).parameters()) - 10 * 16     # without positions
+    flops = (1 + 4 * 2) * (6 * n + 12 * 16 * 8)     # of the text, and of two thoughts of four rollouts
+    assert line['mfu'] == pytest.approx(line['tokens_per_second'] * flops / 1e9)
+
+
+def test_every_knob_of_text_does_something(train):
     def state(*more):
-        shutil.rmtree(tmp_path / 'a', ignore_errors=True)
-        code, _, err = run_here(SCRIPT, f'--out_dir={tmp_path}/a', '--gate=none', '--max_steps=3', *more)
-        assert code == 0, err
-        return torch.cat([x.flatten() for x in load(tmp_path / 'a').state_dict().values()])
-    usual, seen = state(), []
-    for knob in ('batch_size=4', 'text_len=6', 'learning_rate=1e-2', 'weight_decay=.5', 'beta2=.9', 'clip=.01',
-                 'warmup_steps=9', 'dropout=.1', 'init=unit', 'thoughts=filler', 'thoughts=random',
-                 'thought=straight_through', 'thought=continuous', 'readers=later', 'think_len=2', 'fixed=False',
-                 'spread=3', 'temperature=.1',
-                 'group_size=3', 'gate=learned', 'gate=open', 'gate=closed', 'plain_weight=.5', 'policy_weight=0',
-                 'baseline=no_think', 'advantage=grpo', 'advantage=softmax', 'gamma=.5', 'epsilon=1',
-                 'entropy_weight=1', 'positions=last', 'seed=1'):
-        seen.append(state(f'--{knob}'))
-        assert not torch.equal(seen[-1], usual), knob
-    assert not torch.equal(state('--advantage=softmax', '--tau=.1'), state('--advantage=softmax'))
-    assert not torch.equal(state('--think_len=2', '--d_thought_vocab=6', '--at_once=2'),
-                           state('--think_len=2', '--d_thought_vocab=6'))
+        folder, _ = train('--gate=none', '--max_steps=3', *more)
+        return torch.cat([x.flatten() for x in load(folder).state_dict().values()])
+    usual = state()
+    for knob in ('batch_size=4', 'text_len=6', 'learning_rate=1e-2', 'weight_decay=.5', 'beta2=.9',
+                 'clip=.01', 'warmup_steps=9', 'dropout=.1', 'thoughts=filler', 'thoughts=random', 'readers=later',
+                 'think_len=2', 'thought_kind=straight_through', 'thought_kind=continuous', 'fixed=False',
+                 'group_size=3', 'gate=learned', 'gate=open', 'gate=closed', 'policy_weight=0',
+                 'baseline=no_think', 'entropy_weight=1', 'seed=1'):
+        assert not torch.equal(state(f'--{knob}'), usual), knob
+    usual = state('--think_len=2', '--d_thought_vocab=6')
+    assert not torch.equal(state('--think_len=2', '--d_thought_vocab=6', '--at_once=2'), usual)
     assert not torch.equal(state('--fixed=False', '--think_cost=9'), state('--fixed=False'))
