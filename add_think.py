@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from model import ModelConfig, ThinkingModelConfig, lagged_copy, make_model
 from utils import (Run, SerialTask, World, ablations, advantages, concentration, fail, heat_map,
-                   make_optimizer, picture, read_knobs, schedule, user_errors)
+                   make_optimizer, picture, read_knobs, schedule, user_errors, write_atomic)
 
 # ---- knobs ----
 
@@ -316,5 +316,5 @@ if n_thoughts(k):
         used = used[counts[used].argmax(1).argsort()]       # ordered by the state each is mostly written for
         figure = picture(1, f'What a thought means: purity {result["purity"]:.3f}')
         heat_map(figure, 1, counts[used].T, 'thought', used.tolist(), 'state', questions.names[:n_states])
-        run.picture('meaning.html', figure)
+        write_atomic(run.folder / 'meaning.html', figure.write_html)
 run.finish(steps=n_steps, **result)

@@ -1,5 +1,5 @@
 """
-Blind addition: two policies invent a language, and answer every question in it.
+Blind addition: two policies invent a language, and answer questions in it.
 
     question a, b  ->  thinking policy  ->  T thoughts  ->  answering policy  ->  (a + b) % M
 
@@ -7,17 +7,16 @@ The answering policy sees nothing but the thoughts. Nobody tells either policy w
 
     python add_think_blind.py                                      # M=100, 10 thought tokens, 2 thoughts
     python add_think_blind.py --search=False                       # only codes that the thinking policy wrote
-    python add_think_blind.py --super=True                         # the answering policy is taught the digits
     torchrun --standalone --nproc_per_node=2 add_think_blind.py    # the same update, by two processes
 
-A code is the thoughts of a question as one number. In each step codes compete for the answers (see invent):
-an answer prefers codes that the answering policy already reads as it, but none is taken by more than its
-share of answers. Both policies learn the codes that are drawn so, one to write and one to read them. What is
-a little better becomes a lot better: this is how meaning starts.
+A code is the thoughts of a question as one number. In each step codes compete for the answers (see invent).
+An answer prefers codes that the answering policy already reads as it, but no code serves more than its share
+of answers. For each question a code is drawn from these preferences: the thinking policy learns to write it,
+the answering policy to read the answer's codes. Small advantages grow: this is how meaning starts.
 
-This is no policy gradient: advantage-weighted regression (Peng et al. 2019) weights samples of one question;
-here codes are weighted for an answer, and balanced, or answers would share them. Policy gradients are here to
-compare, without importance weights, clipping or KL term, as each rollout is used once.
+This is not a policy gradient. Advantage-weighted regression (Peng et al. 2019) weights samples of a question;
+here codes are weighted for an answer, and balanced, or answers would share codes. Policy gradients are here
+for comparison, without importance weights, clipping or KL term, as each rollout is used once.
 """
 import math
 from functools import partial
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from model import ThinkingModelConfig, make_model
 from utils import (NEED_GROUPS, Run, World, ablations, addition_questions, advantages, balanced_target,
                    concentration, curve, digits, distinct, fail, fused, heat_map, judge, make_optimizer,
-                   picture, read_knobs, recorded, sample, schedule, user_errors)
+                   picture, read_knobs, recorded, sample, schedule, user_errors, write_atomic)
 
 # ---- knobs ----
 
@@ -43,8 +42,8 @@ max_steps = 1500              # updates; the learning rates fall to zero over th
 max_seconds = 1e6             # stop after this wall-clock time
 learning_rate = 3e-3          # of the thinking policy
 learning_rate_answer = 2e-3   # of the answering policy
-weight_decay = 3.             # of the thinking policy: what makes it generalise
-n_layer = 1                   # of both policies, as the next two
+weight_decay = 3.             # of the thinking policy: needed to generalise
+n_layer = 1                   # of both policies, like the next two
 n_head = 32
 d_model = 128
 split = True                  # two models; False: one is both policies
@@ -52,14 +51,14 @@ frozen = 'none'               # 'none' | 'thinking' | 'answering': the policy th
 super = False                 # teach the answering policy hand-made thoughts: the answer's digits in base L
 super_order = 'msb'           # 'msb' | 'lsb' | 'random': most or least significant first, or a random code
 clean = False                 # hand-made reward: 1 for exactly the hand-made thoughts, else 0
-supervised_weight = 0.        # of teaching the thinking policy the hand-made thoughts: teacher forcing + RL
+supervised_weight = 0.        # of teaching the thinking policy the hand-made thoughts too (teacher forcing)
 search = True                 # all codes compete; False: only those that the thinking policy writes
 advantage = 'balanced'        # 'balanced' | 'softmax' | 'best' | 'grpo' | 'rloo' | 'dr_grpo' | 'reinforce' |
                               # 'raw' | 'batch_std' | 'quantile' | 'quantile_batch' | 'softmax_quantile' |
                               # 'softmax_centred': see utils.py
-tau = .1                      # temperature of balanced and of all softmax: smaller makes the best count more
+tau = .1                      # temperature of balanced and softmax: smaller makes the best count more
 group_size = 8                # G: rollouts of a question, without search
-epsilon = 0.                  # share of their thoughts that are random; falls to zero over the first half
+epsilon = 0.                  # share of random thoughts in rollouts; falls to zero over the first half
 entropy_weight = 0.           # of a bonus for the entropy of the thinking policy, along the chosen thoughts
 eval_every = 250              # steps between evaluations, each with a checkpoint and samples
 eval_questions = 10000        # questions of each kind per evaluation, at most
@@ -68,7 +67,7 @@ seed = 0                      # of weights, questions and thoughts
 device = 'auto'               # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'             # 'float32' | 'bfloat16'
 compile = False               # run a step as one CUDA graph: faster on a GPU
-fuse = False                  # compile its kernels as well: twice as fast again, half a minute later
+fuse = False                  # the same with compiled kernels: twice as fast again, after half a minute
 init_from = 'scratch'         # scratch, resume, or the path of a checkpoint to take weights from
 eval_only = False             # evaluate, train nothing, write nothing
 out_dir = ''                  # folder of the run; empty: out/add_think_blind/<changed knobs>
@@ -78,9 +77,10 @@ plot = False                  # draw the language at the end: language.html, nee
 # ---- set-up ----
 
 knobs = read_knobs(__file__, globals())
+compile = compile or fuse
 base = d_thought_vocab + (not fixed)        # tokens to choose from
 if think_len < 1 or max(input_max, 2**9) * base ** think_len > 2**26:
-    fail(f'--think_len={think_len} must be from 1 to what makes 2^17 codes, or 2^26 / input_max')
+    fail(f'--think_len={think_len} makes no code, or too many: at most 2^17, or 2^26 / input_max')
 if (super or clean or supervised_weight) and d_thought_vocab ** think_len < input_max:
     fail(f'{think_len} thoughts of {d_thought_vocab} tokens make no digits for {input_max} answers')
 if search and (advantage not in ('balanced', 'softmax', 'best') or epsilon):
@@ -89,8 +89,8 @@ if group_size < 2 and advantage in NEED_GROUPS:
     fail(f'advantage={advantage} compares rollouts: group_size={group_size} must be at least 2')
 if compile and (epsilon or not search and advantage == 'balanced'):
     fail('compile=True needs steps that are alike: no epsilon, and with --search=False another advantage')
-if fuse and not compile or frozen != 'none' and not split:
-    fail(f'fuse={fuse} needs --compile=True, frozen={frozen} needs --split=True')
+if frozen != 'none' and not split:
+    fail(f'frozen={frozen} needs two models: --split=True')
 world = World(knobs)
 
 # ---- data ----
@@ -115,7 +115,7 @@ kinds = {'thinking': dict(output_kind='thought'),
 with user_errors():
     models = {name: make_model(ThinkingModelConfig(**shape, **kind), knobs.checkpoint, name).to(world.device)
               for name, kind in kinds.items()}
-thinking, answering = [*models.values()][0], [*models.values()][-1]     # without split the same one
+thinking, answering = [*models.values()][0], [*models.values()][-1]     # the same model without split
 if frozen != 'none':
     models[frozen].requires_grad_(False)
 
@@ -123,9 +123,10 @@ number = partial(thinking.number, fixed=fixed)      # from thoughts to their cod
 spell = partial(thinking.spell, think_len=think_len, fixed=fixed)
 thought_tokens = thinking.thought_range(fixed)
 all_codes = number(spell(torch.arange(base ** think_len, device=world.device))).unique()    # (C,)
-order = torch.randperm(input_max, generator=torch.Generator().manual_seed(seed))
-hand_made = digits(order if super_order == 'random' else order.sort().values, think_len, d_thought_vocab)
-hand_made = thought_tokens.start + hand_made.to(world.device)                               # (M, T)
+hand_made = torch.arange(input_max)
+if super_order == 'random':
+    hand_made = torch.randperm(input_max, generator=torch.Generator().manual_seed(seed))
+hand_made = thought_tokens.start + digits(hand_made, think_len, d_thought_vocab).to(world.device)   # (M, T)
 hand_made = hand_made.flip(1) if super_order == 'lsb' else hand_made
 
 optimizers = [make_optimizer(thinking, learning_rate, weight_decay, recorded=compile)]
@@ -141,13 +142,13 @@ if (n_codes := len(all_codes)) < input_max:
 
 # ---- three ways to learn ----
 # Each returns the losses of both policies for questions (B, n_adds) with answers (B,), and what to log.
-# noise (B,) draws codes from a target, dice (B G, T) draw rollouts.
+# noise (B,) picks codes from a target, dice (B G, T) pick the thoughts of rollouts.
 
 @fused
-def invent(question, answer, noise, dice, epsilon, codes=all_codes, habit=0.):
-    """Codes (C,) compete for the answers. habit: (M, C), added to their scores."""
+def invent(question, answer, noise, dice, epsilon, codes=all_codes, bonus=0.):
+    """Codes (C,) compete for the answers. bonus: (M, C), added to their scores."""
     log_q = answering.answer(spell(codes)).float().log_softmax(-1).T        # (M, C) log p(answer | code)
-    scores = reward(log_q, codes) + habit
+    scores = reward(log_q, codes) + bonus
     if advantage == 'balanced':
         log_target, prices = balanced_target(scores, state['prices'][codes], tau)       # (M, C)
         state['prices'].index_copy_(0, codes, prices)
@@ -161,14 +162,14 @@ def invent(question, answer, noise, dice, epsilon, codes=all_codes, habit=0.):
 
 
 def own_codes(question, answer, noise, dice, epsilon):
-    """Only codes that were just written compete, by log p(written for the answer and read as it)."""
+    """Only codes that were just written compete, by log p(written for the answer) + log p(read as it)."""
     written = number(thinking.think(question, think_len, fixed=fixed, n_rollouts=group_size, noise=dice,
                                     epsilon=epsilon).tokens).view(-1, group_size)       # (B, G)
     codes, column = world.gather(written).unique(return_inverse=True)       # (C,), (B, G) of all processes
     pairs = (world.gather(answer)[:, None] * len(codes) + column).flatten()
     counts = pairs.bincount(minlength=input_max * len(codes)).view(input_max, -1)       # (M, C)
     state['habit'].mul_(.9).index_add_(1, codes, counts.float())
-    habit = state['habit'][:, codes] + 1 / len(codes)
+    habit = state['habit'][:, codes] + 1 / len(codes)       # no code is impossible
     return invent(question, answer, noise, dice, epsilon, codes, (habit / habit.sum(1, keepdim=True)).log())
 
 
@@ -185,23 +186,22 @@ def policy_gradient(question, answer, noise, dice, epsilon):
     weights = advantages(rewards, advantage, tau, state['baseline'], everyone)
     state['baseline'].lerp_(everyone.mean(), .1)
     thinking_loss = -(weights * log_pi).sum(1).mean()
-    gains = weights.clamp(min=0) + 1e-9         # the answering policy learns from rollouts with a gain
-    shares = gains / gains.sum(1, keepdim=True)
-    answering_loss = -(shares * log_q[answer[:, None], column]).sum(1).mean()
+    gains = weights.clamp(min=0) + 1e-9         # the answering policy learns from the better rollouts
+    log_p_answer = log_q[answer[:, None], column]
+    answering_loss = -(gains / gains.sum(1, keepdim=True) * log_p_answer).sum(1).mean()
     return thinking_loss, answering_loss, dict(entropy=entropy.mean(), chosen=codes[column], weights=weights)
 
 
 def reward(log_q, codes):
-    """What codes (C,) are paid for answers, (M, C): log p(answer | code), or 1 for the hand-made one."""
+    """What codes (C,) are paid for answers, (M, C): log p(answer | code); if clean 1 for hand-made ones."""
     return (number(hand_made)[:, None] == codes).float() if clean else log_q.detach()
 
 
 learn = invent if search else own_codes if advantage == 'balanced' else policy_gradient
-parameters = [p for model in models.values() for p in model.parameters()]
 
 
 def update(question, answer, noise, dice, epsilon):
-    """One step of both policies, as a function so that it can be recorded. Returns what to log."""
+    """One step of both policies, a function so that a CUDA graph can record it. Returns what to log."""
     with world.autocast:
         thinking_loss, answering_loss, seen = learn(question, answer, noise, dice, epsilon)
         if super:
@@ -210,7 +210,7 @@ def update(question, answer, noise, dice, epsilon):
             log_pi, _ = thinking.thought_log_probs(question, hand_made[answer], fixed)      # (B, T)
             thinking_loss = thinking_loss - supervised_weight * log_pi.sum(1).mean()
     (thinking_loss - entropy_weight * seen['entropy'] + answering_loss).backward()
-    world.mean_gradients(parameters)
+    world.mean_gradients([p for model in models.values() for p in model.parameters()])
     norm = torch.nn.utils.get_total_norm([p.grad for p in thinking.parameters() if p.grad is not None])
     for optimizer in optimizers:
         optimizer.step()
@@ -228,10 +228,10 @@ def think(question):
 
 def evaluate(step):
     """Report on both sets of questions, show a few, keep the best checkpoint. Returns the numbers."""
-    codes, thoughts, right = think(train_sample), think(heldout_sample), answer_to(heldout_sample)
+    known, thoughts, right = think(train_sample), think(heldout_sample), answer_to(heldout_sample)
     answers, heldout_accuracy, bits = judge(answering, thoughts, right)
-    length, accuracy = thinking.n_thoughts(thoughts), judge(answering, codes, answer_to(train_sample))[1]
-    result = {'codes': len(codes.unique(dim=0)), 'thoughts': length.float().mean().item(), 'bits': bits,
+    accuracy, length = judge(answering, known, answer_to(train_sample))[1], thinking.n_thoughts(thoughts)
+    result = {'codes': len(known.unique(dim=0)), 'thoughts': length.float().mean().item(), 'bits': bits,
               'accuracy': accuracy, 'heldout_accuracy': heldout_accuracy}
     run.report(step, **result)
     run.show(thinking.config, heldout_sample, thoughts, answers, right)
@@ -250,7 +250,7 @@ def draw_language():
     heat_map(figure, 1, counts.view(input_max, -1), 'thoughts', names, 'answer', list(range(input_max)))
     curve(figure, 2, run, 'codes', 'firebrick')
     curve(figure, 2, run, 'bits', 'teal', right=True)
-    run.picture('language.html', figure)
+    write_atomic(run.folder / 'language.html', figure.write_html)
 
 
 # ---- training ----
@@ -286,5 +286,5 @@ replaced, right = ablations(think(heldout_sample), thought_tokens), answer_to(he
 ablation = {name: judge(answering, thoughts, right)[1] for name, thoughts in replaced.items()}
 if plot and run.writes:
     draw_language()
-update = None       # a CUDA graph in which processes meet must be gone before they part
+update = None       # free a CUDA graph, in which processes communicate, before they part
 run.finish(steps=n_steps, **result, ablation=ablation)

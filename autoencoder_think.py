@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from model import ThinkingModelConfig, make_model
 from utils import (NEED_GROUPS, Run, World, ablations, advantages, balanced_target, curve, distinct, fail,
-                   judge, make_optimizer, picture, read_knobs, sample, schedule, user_errors)
+                   judge, make_optimizer, picture, read_knobs, sample, schedule, user_errors, write_atomic)
 
 # ---- knobs ----
 
@@ -137,14 +137,13 @@ def evaluate(step):
 
 
 def draw_growth():
-    """growth.html: accuracy, distinct codes and bits over the steps; dotted: the most that is possible."""
+    """growth.html: accuracy, distinct codes and bits over the steps."""
     figure = picture(3, f'{method}: {input_max} inputs, {think_len} thoughts of {d_thought_vocab} tokens')
-    most = min(n_codes, input_max)
-    curve(figure, 1, run, 'accuracy', 'seagreen', most=best_accuracy)
-    curve(figure, 2, run, 'codes', 'firebrick', most=most)
-    curve(figure, 3, run, 'bits_written', 'darkorange', most=math.log2(most))
-    curve(figure, 3, run, 'bits', 'teal', most=math.log2(most))
-    run.picture('growth.html', figure)
+    curve(figure, 1, run, 'accuracy', 'seagreen')
+    curve(figure, 2, run, 'codes', 'firebrick')
+    curve(figure, 3, run, 'bits_written', 'darkorange')
+    curve(figure, 3, run, 'bits', 'teal')
+    write_atomic(run.folder / 'growth.html', figure.write_html)
 
 
 # ---- match and sinkhorn: which codes the inputs x (B,) of all processes are to have, (B,) ----

@@ -28,7 +28,7 @@ from statistics import mean, median, stdev, variance
 import torch
 
 from model import GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig, unpack
-from utils import (SerialTask, advantages, attend_to_cache, concentration, device_name, digits, fail, git_commit,
+from utils import (SerialTask, advantages, attend_to_cache, concentration, digits, fail, git_commit,
                    make_optimizer, need, peak_flops, read_knobs, recorded, user_errors, write_atomic)
 
 # ---- knobs ----
@@ -43,6 +43,14 @@ pictures = ''                   # folder for gradient.html and scaling.html, nee
 # ---- set-up ----
 
 knobs = read_knobs(__file__, globals())
+
+def device_name(kind):
+    """The name of this machine's GPU (kind 'cuda') or CPU."""
+    info = Path('/proc/cpuinfo')
+    found = re.search(r'model name\s*: (.*)', info.read_text() if info.exists() else '')
+    cpu = f'{found[1] if found else sys.platform}, {os.cpu_count()} cores'
+    return torch.cuda.get_device_name() if kind == 'cuda' else cpu
+
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
 

@@ -20,10 +20,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from utils import (LinearCrossEntropy, attend_to_cache, attention, being_recorded, causal, digits, fused, has_kernel,
-                   need, sample, think_merged)
+from utils import (LinearCrossEntropy, attend_to_cache, attention, being_recorded, causal, digits, fused,
+                   has_kernel, need, sample, think_merged)
 
-REACH = 16      # distances up to which 'relative' positions tell tokens apart
+REACH = 16      # 'relative' positions tell distances apart up to this one
 
 
 # ---- configs ----
@@ -38,8 +38,9 @@ class ModelConfig:
     d_model: int = 768
     tie_weights: bool = True    # one matrix embeds and unembeds
     init: str = 'gpt2'          # 'gpt2': std .02 | 'unit': activations of size one, for small models
-    position_encoding: str = 'learned'      # 'learned': an embedding each | 'rotary' | 'relative': by distance
-    dropout: float = 0.         # share of numbers dropped in training: embeddings, attention, what a layer adds
+    position_encoding: str = 'learned'  # 'learned': an embedding each | 'rotary' | 'relative': by distance
+    dropout: float = 0.         # share of activations dropped in training
+    input_kind = output_kind = 'all'    # no fields here, see ThinkingModelConfig
 
     def __post_init__(self):
         for name in ('d_vocab', 'block_size', 'n_layer', 'n_head', 'd_model'):
@@ -47,32 +48,34 @@ class ModelConfig:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
         if self.d_model % self.n_head:
             raise ValueError(f'n_head={self.n_head} does not divide d_model={self.d_model}')
-        for name, known in {'init': ('gpt2', 'unit'), 'position_encoding': ('learned', 'rotary', 'relative')}.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f'{name}={getattr(self, name)!r} must be one of {", ".join(known)}')
+        if self.init not in ('gpt2', 'unit'):
+            raise ValueError(f'init={self.init} must be gpt2 or unit')
+        if self.position_encoding not in ('learned', 'rotary', 'relative'):
+            raise ValueError(f'position_encoding={self.position_encoding} is unknown')
         if self.position_encoding == 'rotary' and self.d_model // self.n_head % 2:
-            raise ValueError(f'rotary turns pairs: d_model={self.d_model} / n_head={self.n_head} must be even')
+            raise ValueError(f'rotary: d_model={self.d_model} / n_head={self.n_head} must be even')
         if self.tie_weights and (self.init == 'unit' or self.reads != self.writes):
-            raise ValueError("tie_weights=True needs init='gpt2' and a model that reads and writes the same tokens")
+            raise ValueError("tie_weights needs init='gpt2', and the same tokens to read and write")
+
+    def tokens(self, kind):
+        """Range of tokens of a kind: 'all', 'normal' or 'thought'."""
+        return range(self.d_vocab)
 
     @property
     def reads(self):
         """Range of tokens that have an embedding."""
-        return range(self.d_vocab)
+        return self.tokens(self.input_kind)
 
     @property
     def writes(self):
         """Range of tokens that have a logit."""
-        return range(self.d_vocab)
+        return self.tokens(self.output_kind)
 
 
 @dataclass
 class ThinkingModelConfig(ModelConfig):
-    """
-    Shape of a GPT2Thinking. One model may read and write everything. Of two split policies, the thinking one
-    writes only thoughts; the answering one writes only normal tokens and, if it is blind, reads only
-    thoughts.
-    """
+    """Shape of a GPT2Thinking. Of two split policies, the thinking one writes only thoughts; the answering
+    one writes only normal tokens and, if it is blind, reads only thoughts."""
     d_vocab: int = 0            # d_vocab_total, computed from the next two
     d_normal_vocab: int = 50257
     d_thought_vocab: int = 10   # L, without end_thought
@@ -84,31 +87,18 @@ class ThinkingModelConfig(ModelConfig):
         if self.d_normal_vocab < 1 or self.d_thought_vocab < 1:
             raise ValueError('d_normal_vocab and d_thought_vocab must be at least 1')
         if not {self.input_kind, self.output_kind} <= {'all', 'normal', 'thought'}:
-            raise ValueError(f'{self.input_kind=} and {self.output_kind=} must be one of all, normal, thought')
-        self.d_vocab = self.d_vocab_total
+            raise ValueError('input_kind and output_kind must be one of all, normal, thought')
+        self.d_vocab = self.d_vocab_total = self.d_normal_vocab + self.d_thought_vocab + 1
         super().__post_init__()
-
-    @property
-    def d_vocab_total(self):
-        return self.d_normal_vocab + self.d_thought_vocab + 1
 
     @property
     def end_thought(self):
         """The token that ends a thought, the last one."""
-        return self.d_vocab_total - 1
-
-    @property
-    def reads(self):
-        return self.tokens(self.input_kind)
-
-    @property
-    def writes(self):
-        return self.tokens(self.output_kind)
+        return self.d_vocab - 1
 
     def tokens(self, kind):
-        """Range of tokens of a kind."""
         return range(self.d_normal_vocab if kind == 'thought' else 0,
-                     self.d_normal_vocab if kind == 'normal' else self.d_vocab_total)
+                     self.d_normal_vocab if kind == 'normal' else self.d_vocab)
 
 
 # ---- the network ----
@@ -119,20 +109,21 @@ class Attention(nn.Module):
         self.config = config
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
         self.c_proj = nn.Linear(config.d_model, config.d_model)
-        if config.position_encoding == 'relative':      # what a distance of -REACH..REACH adds to a head's scores
+        if config.position_encoding == 'relative':  # a bias per head for distances -REACH..REACH
             self.relative = nn.Embedding(2 * REACH + 1, config.n_head)
-        # A bias of the keys raises all scores of a query by the same amount and changes nothing. Its gradient is
-        # rounding error, which Adam would blow up to full steps, different with every number of processes.
-        keep = [1, 0, 1]        # the gradients of queries, keys, values
-        self.c_attn.bias.register_hook(lambda grad: torch.cat([part * m for part, m in zip(grad.chunk(3), keep)]))
+        # A bias of the keys raises all scores of a query alike and changes nothing. Its gradient is rounding
+        # error, which Adam would blow up to full steps, different with every number of processes.
+        keep = [1, 0, 1]  # the gradients of queries, keys, values
+        self.c_attn.bias.register_hook(
+            lambda grad: torch.cat([part * kept for part, kept in zip(grad.chunk(3), keep)]))
 
     def forward(self, x, layer, cache, places, visible):
-        """x: (B, S, d_model). places: what the position encoding needs, see GPT2.places. visible: see GPT2.layers."""
+        """x: (B, S, d_model). places: of tokens or of pairs of them, see GPT2.layers, as for visible."""
         B, S, d_model = x.shape
-        q, k, v = (y.view(B, S, self.config.n_head, -1).transpose(1, 2)                     # (B, H, S, D)
+        q, k, v = (y.view(B, S, self.config.n_head, -1).transpose(1, 2)  # (B, H, S, D)
                    for y in self.c_attn(x).split(d_model, dim=-1))
         dropout = self.config.dropout if self.training else 0.
-        mask = visible                                                                      # (Sq, Sk)
+        mask = visible  # (Sq, Sk)
         if self.config.position_encoding == 'rotary':
             q, k = turn(q, *places), turn(k, *places)
         elif self.config.position_encoding == 'relative':
@@ -148,7 +139,7 @@ class Attention(nn.Module):
 
 
 def rotary_angles(positions, d_head):
-    """Cosines and sines (S, d_head / 2) of the angles by which 'rotary' turns positions (S,) (Su et al. 2021)."""
+    """Cosines and sines (S, D / 2) of the angles by which 'rotary' turns positions (S,) (Su et al. 2021)."""
     rates = 10000. ** -(torch.arange(0, d_head, 2, device=positions.device) / d_head)
     angles = positions[:, None] * rates
     return angles.cos(), angles.sin()
@@ -186,10 +177,8 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """
-    GPT-2 (Radford et al. 2019): pre-LN transformer with learned positions; or with rotary ones (Su et al.
-    2021), or with a learned bias for every distance up to REACH (Raffel et al. 2020).
-    """
+    """GPT-2 (Radford et al. 2019): pre-LN transformer with learned positions; or with rotary ones (Su et al.
+    2021), or with a learned bias for every distance up to REACH (Raffel et al. 2020)."""
 
     def __init__(self, config):
         super().__init__()
@@ -206,11 +195,8 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """
-        'gpt2': all matrices normal with std .02, those that end a residual branch by another 1/sqrt(2
-        n_layer). 'unit': embeddings std 1, matrices 1/sqrt(fan_in), so that every activation starts with size
-        one.
-        """
+        """'gpt2': matrices std .02, those that end a residual branch divided by sqrt(2 n_layer). 'unit':
+        embeddings std 1, matrices 1/sqrt(fan_in), so that activations start with size one."""
         unit = self.config.init == 'unit'
         for name, p in self.named_parameters():
             if name.endswith('.bias'):
@@ -220,38 +206,35 @@ class GPT2(nn.Module):
                 if name.endswith('c_proj.weight'):
                     std /= math.sqrt(2 * self.config.n_layer)
                 nn.init.normal_(p, std=std)
-                if name.endswith('relative.weight'):    # near tokens first, with a longer reach in every next head
+                if name.endswith('relative.weight'):  # near tokens count more; each head reaches further
                     distance = torch.arange(-REACH, REACH + 1).abs()
                     p.copy_(-10 / 8 * distance[:, None] * .5 ** torch.arange(self.config.n_head))
 
     def embed(self, tokens):
-        """
-        Embeddings (B, S, d_model) of tokens (B, S), or of mixtures of tokens (B, S, len(config.reads)),
-        through which gradients pass.
-        """
-        return tokens @ self.wte.weight if tokens.is_floating_point() else self.wte(tokens - self.config.reads.start)
+        """Embeddings (B, S, d_model) of tokens (B, S), or of mixtures of tokens (B, S, n)."""
+        if tokens.is_floating_point():
+            return tokens @ self.wte.weight
+        return self.wte(tokens - self.config.reads.start)
 
     def layers(self, x, cache=None, positions=None, visible=None):
-        """
-        States (B, S, d_model) of the last layer at embeddings x (B, S, d_model), which are appended to what
-        the cache holds. positions: (S,), None: counted on. visible: (S, Sk), True where a token may look;
-        None: before it and at itself; with it, the caller takes care of block_size.
-        """
+        """States (B, S, d_model) after the last layer for embeddings x (B, S, d_model), added to the cache.
+        positions: (S,), None: counted on. visible: (S, Sk), True where a token may look; None: before it and
+        at itself."""
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
         if end > self.config.block_size and visible is None:
             raise ValueError(f'{end} tokens are more than block_size={self.config.block_size}')
         if positions is None:
             positions = torch.arange(start, end, device=x.device)
-        keys, places = positions if cache is None else cache.place(positions), None     # keys (Sk,): of all tokens
+        keys, places = (cache.place(positions) if cache else positions), None  # keys: (Sk,), of all tokens
         if self.config.position_encoding == 'learned':
-            x = x + self.wpe(positions)                                                 # (B, S, d_model)
+            x = x + self.wpe(positions)  # (B, S, d_model)
         elif self.config.position_encoding == 'rotary':
             places = rotary_angles(positions, self.config.d_model // self.config.n_head)
         else:
-            places = (keys - positions[:, None]).clamp(-REACH, REACH) + REACH           # (S, Sk)
+            places = (keys - positions[:, None]).clamp(-REACH, REACH) + REACH  # (S, Sk)
         x = F.dropout(x, self.config.dropout, self.training)
-        if torch.is_autocast_enabled(x.device.type):    # the residual stream takes half the memory and time
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream in half the memory
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.blocks(x, cache, places, visible)
         if cache is not None:
@@ -281,14 +264,12 @@ class GPT2(nn.Module):
 
     def loss(self, tokens, targets):
         """Mean cross-entropy, in nats, of the tokens (B, S) that come next after tokens (B, S)."""
-        return LinearCrossEntropy.apply(self.hidden(tokens).flatten(0, 1), self.lm_head.weight, targets.flatten())
+        states = self.hidden(tokens).flatten(0, 1)
+        return LinearCrossEntropy.apply(states, self.lm_head.weight, targets.flatten())
 
     def log_probs(self, prompt, tokens, among=None):
-        """
-        Log-probabilities and entropies (N, T), in nats and with gradient, of tokens (N, T) after prompts (N,
-        S), each chosen among a range: at temperature 1 and of the whole range, whatever they were sampled
-        with.
-        """
+        """Log-probabilities and entropies (N, T), in nats and with gradient, of tokens (N, T) after prompts
+        (N, S), each chosen among a range, at temperature 1, however they were sampled."""
         among = among or self.config.writes
         states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1))[:, prompt.shape[1] - 1:]
         return choice(self.logits(states, among), tokens - among.start)
@@ -298,13 +279,10 @@ class GPT2(nn.Module):
     @torch.no_grad()
     def generate(self, prompt, n_new, *, among=None, stop=None, noise=None, positions=None, n_rollouts=1,
                  use_cache=True, **sampling):
-        """
-        Continue each prompt (B, S), S >= 1, by n_new tokens, n_rollouts times. Returns tokens (N, n_new),
-        where N is B * n_rollouts, those of one prompt side by side. among: range of tokens to choose from.
-        stop: token that ends a row, which then repeats it. noise: (N, n_new) uniform in [0, 1), one number
-        decides one token; None: drawn here. positions: (S,) of the prompt; new tokens count on. sampling:
-        temperature, epsilon and bias, see utils.sample. use_cache=False is the slow reference.
-        """
+        """Continue each prompt (B, S), S >= 1, by n_new tokens, n_rollouts times, side by side. Returns
+        tokens (N, n_new). among: range of tokens to choose from. stop: token that ends a row, which then
+        repeats it. noise: (N, n_new) in [0, 1), one number decides one token. positions: (S,) of the prompt;
+        new tokens count on. sampling: see utils.sample. use_cache=False: the slow reference."""
         N, among = len(prompt) * n_rollouts, among or self.config.writes
         if noise is None:
             noise = torch.rand(N, n_new, device=prompt.device)
@@ -312,7 +290,7 @@ class GPT2(nn.Module):
 
         def choose(t, state):
             nonlocal alive
-            token = among.start + sample(self.logits(state, among), noise[:, t], **sampling)        # (N,)
+            token = among.start + sample(self.logits(state, among), noise[:, t], **sampling)  # (N,)
             if stop is None:
                 return token, None
             token = torch.where(alive, token, stop)
@@ -323,13 +301,11 @@ class GPT2(nn.Module):
         return F.pad(tokens, (0, n_new - tokens.shape[1]), value=stop or 0)
 
     def unroll(self, prompt, n_new, choose, positions=None, n_rollouts=1, use_cache=True):
-        """
-        Continue prompts (B, S) by up to n_new tokens, n_rollouts times: choose(t, states) gets the states (N,
-        d_model) at the last tokens, and returns the next ones (N,) and which rows go on (N,), None: all. Ends
-        when none does. Prompts are read once for all their rollouts. Returns the new tokens (N, T).
-        """
+        """Continue prompts (B, S) by up to n_new tokens, n_rollouts times: choose(t, states) gets the states
+        (N, d_model) at the last tokens; it returns the next ones (N,) and which rows go on (N,), None: all.
+        Stops if no row does. Returns the new tokens (N, T)."""
         S, device, cache = prompt.shape[1], prompt.device, None
-        positions = count_on(positions, S, n_new, device)                               # (S + n_new,)
+        positions = count_on(positions, S, n_new, device)  # (S + n_new,)
         if use_cache:
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else self.wte.weight.dtype
@@ -343,7 +319,7 @@ class GPT2(nn.Module):
             elif use_cache:
                 state = self.hidden(sequence[:, -1:], cache, positions[S + t - 1:S + t])[:, -1]
             else:
-                state = self.hidden(sequence, None, positions[:S + t])[:, -1]           # (N, d_model)
+                state = self.hidden(sequence, None, positions[:S + t])[:, -1]  # (N, d_model)
             token, alive = choose(t, state)
             sequence = torch.cat([sequence, token[:, None]], dim=1)
             if alive is not None and not being_recorded() and not alive.any():
@@ -360,7 +336,7 @@ def choice(logits, chosen):
 
 
 def count_on(positions, n_prompt, n_new, device):
-    """Positions (n_prompt + n_new,) of a prompt, from 0 if they are None, and of new tokens behind its last."""
+    """Positions (n_prompt + n_new,) of a prompt, from 0 if they are None, and of new tokens behind it."""
     if positions is None:
         return torch.arange(n_prompt + n_new, device=device)
     return torch.cat([positions, positions[-1] + 1 + torch.arange(n_new, device=device)])
@@ -370,9 +346,9 @@ def count_on(positions, n_prompt, n_new, device):
 
 class Thoughts(NamedTuple):
     """What GPT2Thinking.think returns; log_probs and entropies only with grad=True."""
-    tokens: torch.Tensor                        # (N, T); behind a row's end_thought only more of it
-    log_probs: torch.Tensor | None = None       # (N, T), 0 behind a row's end_thought
-    entropies: torch.Tensor | None = None       # (N, T), the same
+    tokens: torch.Tensor  # (N, T); behind an end_thought only more of it
+    log_probs: torch.Tensor | None = None  # (N, T), 0 there
+    entropies: torch.Tensor | None = None  # (N, T), 0 there
 
 
 class GPT2Thinking(GPT2):
@@ -380,30 +356,27 @@ class GPT2Thinking(GPT2):
 
     def __init__(self, config):
         super().__init__(config)
-        if config.gate is not None:     # how much each number of a state with thoughts counts
+        if config.gate is not None:  # how much each number of a state with thoughts counts
             self.gate = nn.Parameter(torch.full((config.d_model,), float(config.gate)))
 
     def thought_range(self, fixed):
-        """Tokens that a thinking policy chooses from: the thoughts, and end_thought unless their number is fixed."""
+        """Tokens that a thinking policy chooses from: thoughts, and end_thought if not fixed."""
         return range(self.config.d_normal_vocab, self.config.end_thought + (not fixed))
 
-    def think(self, question, think_len, *, fixed=True, n_rollouts=1, noise=None, positions=None, grad=False,
-              use_cache=True, **sampling):
-        """
-        Roll out thoughts after questions (B, S), n_rollouts times. fixed: think_len thoughts; else up to
-        think_len tokens, and end_thought ends a row. The rest as in generate. Returns Thoughts of N = B *
-        n_rollouts rows; with grad also log-probabilities and entropies through which gradients pass, in
-        whichever way is fastest.
-        """
+    def think(self, question, think_len, *, fixed=True, n_rollouts=1, noise=None, grad=False, **more):
+        """Roll out thoughts after questions (B, S), n_rollouts times. fixed: think_len thoughts; else at most
+        as many, ended by end_thought. The rest as in generate. Returns Thoughts (N, T); with grad also
+        log-probabilities and entropies, through which gradients pass."""
         choices, stop = self.thought_range(fixed), None if fixed else self.config.end_thought
         if noise is None:
             noise = torch.rand(len(question) * n_rollouts, think_len, device=question.device)
-        many = question.repeat_interleave(n_rollouts, dim=0)                            # (N, S)
+        many = question.repeat_interleave(n_rollouts, dim=0)  # (N, S)
+        # where many rollouts are alike, each beginning is read once
         repetitive = not question.is_cuda or len(choices) ** (think_len - 1) < n_rollouts
         if grad and repetitive and not being_recorded():
-            return Thoughts(*think_merged(self, KVCache(), many, choices, noise, stop, **sampling))
-        tokens = self.generate(question, think_len, among=choices, stop=stop, noise=noise, positions=positions,
-                               n_rollouts=n_rollouts, use_cache=use_cache, **sampling)
+            return Thoughts(*think_merged(self, KVCache(), many, choices, noise, stop, **more))
+        tokens = self.generate(question, think_len, among=choices, stop=stop, noise=noise,
+                               n_rollouts=n_rollouts, **more)
         return Thoughts(tokens, *self.thought_log_probs(many, tokens, fixed)) if grad else Thoughts(tokens)
 
     def n_thoughts(self, thoughts):
@@ -416,47 +389,42 @@ class GPT2Thinking(GPT2):
         return [torch.where(chosen, x, 0.) for x in values]
 
     def thought_log_probs(self, question, thoughts, fixed=True):
-        """Log-probabilities and entropies (N, T), with gradient, of thoughts (N, T), 0 behind a row's end_thought."""
+        """Log-probabilities and entropies (N, T), with gradient, of thoughts; 0 behind an end_thought."""
         return self.until_end(thoughts, *self.log_probs(question, thoughts, self.thought_range(fixed)))
 
     def answer(self, thoughts, question=None):
-        """
-        Logits (N, d_normal_vocab) of the answer, read at the end_thought that closes each row: the first one
-        in thoughts (N, T), T >= 0, or one behind them. question: (N, S), read before the thoughts; None:
-        blind.
-        """
-        position = self.n_thoughts(thoughts)                                                # (N,)
-        sequence = F.pad(thoughts, (0, 1), value=self.config.end_thought)                   # (N, T + 1)
+        """Logits (N, d_normal_vocab) of the answer, read at the end_thought that closes each row: the first
+        one in thoughts (N, T), or one that is appended. question: (N, S), read before the thoughts; None:
+        blind."""
+        position = self.n_thoughts(thoughts)  # (N,)
+        sequence = F.pad(thoughts, (0, 1), value=self.config.end_thought)  # (N, T + 1)
         if question is not None:
             sequence, position = torch.cat([question, sequence], dim=1), position + question.shape[1]
         states = self.hidden(sequence)[torch.arange(len(sequence), device=sequence.device), position]
         return self.logits(states, range(self.config.d_normal_vocab))
 
     def think_and_answer(self, question, thoughts, fixed=True, positions=None):
-        """
-        Read questions (N, S) and thoughts (N, T) behind them, T >= 0, in one pass. Returns log-probabilities
-        and entropies (N, T) of thoughts, 0 behind a row's end_thought, and logits (N, d_normal_vocab) of the
-        answer, which is written in place of a next thought: at the last one or, without any, at the end of
-        the question. positions: (S,).
-        """
+        """Read questions (N, S) and thoughts (N, T), perhaps none, in one pass. Returns log-probabilities and
+        entropies of thoughts, 0 behind an end_thought, and logits (N, d_normal_vocab) of the answer, read
+        where another thought would be written: at the last thought, or at the end of the question."""
         (N, S), T, choices = question.shape, thoughts.shape[1], self.thought_range(fixed)
         positions = count_on(positions, S, T, question.device)
         states = self.hidden(torch.cat([question, thoughts], dim=1), None, positions)
-        log_probs, entropies = choice(self.logits(states[:, S - 1:S - 1 + T], choices), thoughts - choices.start)
-        last = states[torch.arange(N, device=question.device), S - 1 + self.n_thoughts(thoughts)]   # (N, d_model)
-        logits = self.logits(last, range(self.config.d_normal_vocab))
-        return *self.until_end(thoughts, log_probs, entropies), logits
+        logits = self.logits(states[:, S - 1:S - 1 + T], choices)  # (N, T, L)
+        both = self.until_end(thoughts, *choice(logits, thoughts - choices.start))
+        last = states[torch.arange(N, device=question.device), S - 1 + self.n_thoughts(thoughts)]
+        return *both, self.logits(last, range(self.config.d_normal_vocab))
 
     # ---- thoughts as numbers
 
     def number(self, thoughts, fixed=True):
-        """Thoughts (..., T) as numbers (...): in base L, or in base L + 1 if end_thought is one of the digits."""
+        """Thoughts (..., T) as numbers (...) in base L, or L + 1 if end_thought is one of the digits."""
         choices = self.thought_range(fixed)
         place_value = len(choices) ** torch.arange(thoughts.shape[-1] - 1, -1, -1, device=thoughts.device)
         return ((thoughts - choices.start) * place_value).sum(-1)
 
     def spell(self, numbers, think_len, fixed=True):
-        """The thoughts (n, think_len) of numbers (n,); behind the first end_thought there are only more of it."""
+        """The thoughts (n, think_len) of numbers (n,); behind an end_thought only more of it."""
         choices = self.thought_range(fixed)
         thoughts = choices.start + digits(numbers, think_len, len(choices))
         behind = torch.arange(think_len, device=numbers.device) > self.n_thoughts(thoughts)[:, None]
@@ -465,28 +433,24 @@ class GPT2Thinking(GPT2):
     # ---- thoughts inside a text
 
     def allowed(self, n_thoughts, think_len, fixed=True):
-        """
-        Which tokens may come next in a text with thoughts, (..., d_vocab_total) of bool, if n_thoughts (...)
-        stand behind the last normal token. fixed: think_len thoughts before every normal token; else at most
-        as many.
-        """
+        """Which tokens may come next in a text, (..., d_vocab_total) of bool, after n_thoughts (...) behind
+        the last normal token. fixed: think_len thoughts before every normal token; else at most as many."""
         full = (n_thoughts >= think_len)[..., None]
         token = torch.arange(self.config.d_vocab, device=full.device)
         return torch.where(token < self.config.d_normal_vocab, full | (not fixed),
                            ~full & (token < self.config.end_thought))
 
     @torch.no_grad()
-    def write(self, prompt, n_new, think_len, *, fixed=True, n_rollouts=1, noise=None, text=None, thoughts=None,
-              use_cache=True, **sampling):
-        """
-        Continue prompts (B, S) until n_new normal tokens are written, with thoughts between them, see
-        allowed. Returns tokens (N, T); rows that are done are filled up with end_thought. noise: (N, n_new
-        (think_len + 1)), as in generate, as are n_rollouts, use_cache and sampling. text: (N, n_new), normal
-        tokens to write instead of sampled ones. thoughts: shaped like noise, the same for thoughts.
-        """
-        S, N, config, longest = prompt.shape[1], len(prompt) * n_rollouts, self.config, n_new * (think_len + 1)
+    def write(self, prompt, n_new, think_len, *, fixed=True, n_rollouts=1, noise=None, text=None,
+              thoughts=None, use_cache=True, **sampling):
+        """Continue prompts (B, S) until n_new normal tokens are written, with thoughts between them, see
+        allowed. Returns tokens (N, T), filled with end_thought. noise: (N, n_new * (think_len + 1)). text:
+        (N, n_new), normal tokens to write; thoughts: shaped like noise, thoughts to write. The rest as in
+        generate."""
+        S, N, config = prompt.shape[1], len(prompt) * n_rollouts, self.config
+        longest = n_new * (think_len + 1)
         if S + longest - 1 > config.block_size:
-            raise ValueError(f'{S} tokens and up to {longest} new ones are more than block_size={config.block_size}')
+            raise ValueError(f'{S} and {longest} new tokens are more than block_size={config.block_size}')
         if text is not None and not think_len:
             return text
         if noise is None:
@@ -500,101 +464,84 @@ class GPT2Thinking(GPT2):
             token = sample(self.logits(state, config.writes), noise[:, t], bias=bias, **sampling)
             normal, going = token < config.d_normal_vocab, n_normal < n_new
             if text is not None:
-                token = torch.where(normal, text.gather(1, n_normal.clamp(max=n_new - 1)[:, None])[:, 0], token)
+                given = text.gather(1, n_normal.clamp(max=n_new - 1)[:, None])[:, 0]
+                token = torch.where(normal, given, token)
             if thoughts is not None:
                 token = torch.where(normal, token, thoughts[:, t])
             n_thoughts = torch.where(normal, 0, n_thoughts + 1)
             n_normal = n_normal + (normal & going)
-            return torch.where(going, token, config.end_thought), None if fixed or not think_len else n_normal < n_new
+            alive = None if fixed or not think_len else n_normal < n_new
+            return torch.where(going, token, config.end_thought), alive
 
         return self.unroll(prompt, longest, choose, None, n_rollouts, use_cache)
-
-    def written_log_probs(self, prompt, tokens, think_len, fixed=True):
-        """
-        Log-probabilities and entropies (N, T), with gradient, of tokens (N, T) that write continued prompts
-        (N, S) by: among what was allowed at each place, at temperature 1; 0 where a row is filled up.
-        """
-        place, normal = torch.arange(1, tokens.shape[1] + 1, device=tokens.device), tokens < self.config.d_normal_vocab
-        since = place - (place * normal).cummax(1).values                   # (N, T) thoughts behind the last normal one
-        may = self.allowed(F.pad(since[:, :-1], (1, 0)), think_len, fixed)
-        states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1))[:, prompt.shape[1] - 1:]
-        logits = self.logits(states, self.config.writes).float().masked_fill(~may, -torch.inf)
-        written = tokens != self.config.end_thought
-        return [torch.where(written, x, 0.) for x in choice(logits, tokens)]
 
     # ---- thoughts at every position of a text at once
 
     def think_everywhere(self, tokens, noise, *, thought_kind='token', readers='own', fixed=True, at_once=1,
                          given=None, **sampling):
-        """
-        Think at every position of a text at once: one pass over S positions for each of T thoughts. A
-        position sees the text up to itself and its own thoughts, as if nothing came behind (a diagonal of the
-        mask for each thought, as in Quiet-STaR, Zelikman et al. 2024).
+        """Think at every position of a text at once: one pass over S positions for each of T thoughts. A
+        position sees the text up to itself and its own thoughts, as if the text ended there (Zelikman et al.
+        2024).
 
-        tokens: (B, S), S + T at most block_size. noise: (N, S, T), see utils.sample; N / B rollouts of each
-        row. thought_kind: 'token' | 'straight_through', tokens whose gradient is that of their probabilities
-        | 'continuous', the last state is read again (Hao et al. 2024), marked as a thought. readers: 'own' |
-        'later': whether later positions see a position's thoughts too. fixed: T thoughts; or end_thought ends
-        them, see think. at_once: thoughts that are written from one state and read in one pass, as the sum of
-        their embeddings, each from its own part of the thought tokens (the categoricals of Hafner et al.
-        2021); divides T. given: (N, S, T) thoughts to read, not sampled ones.
+        tokens: (B, S). noise: (N, S, T); N / B rollouts of each row. thought_kind: 'token';
+        'straight_through': tokens with the gradient of their probabilities; 'continuous': the last state is
+        read again (Hao et al. 2024). readers: 'own' or 'later', if later positions see thoughts too. at_once:
+        how many thoughts are written from one state; they are read in one pass, as the sum of their
+        embeddings, each from its own part of the thought tokens (Hafner et al. 2021). given: (N, S, T)
+        thoughts to read. fixed: as in think.
 
-        Returns, with gradient: thoughts (N, S, T); their log-probabilities and entropies (N, S, T), 0 behind
-        end_thought; states (B, S, d_model) without thoughts; states (N, S, d_model) at the last thought, to
-        predict the next token by. With config.gate, these are the states without thoughts plus a learned
-        share of those with them.
-        """
+        Returns, with gradient: thoughts, log-probabilities and entropies (N, S, T), 0 behind an end_thought;
+        states (B, S, d_model) without thoughts; states (N, S, d_model) that predict the next token: at the
+        last thought, or with config.gate those without thoughts plus a learned share of these. Raises
+        ValueError."""
         (B, S), (N, _, T), choices = tokens.shape, noise.shape, self.thought_range(fixed)
         if S + T > self.config.block_size:
             raise ValueError(f'{S} tokens and {T} thoughts are more than block_size={self.config.block_size}')
         if T % at_once or len(choices) % at_once:
-            raise ValueError(f'at_once={at_once} does not divide {T} thoughts and {len(choices)} tokens for them')
+            raise ValueError(f'at_once={at_once} does not divide {T} thoughts and {len(choices)} tokens')
         size = len(choices) // at_once
-        first = choices.start + size * torch.arange(at_once, device=tokens.device)      # of each part of the tokens
-        visible = causal(S, S, tokens.device)                                           # the text
-        new = visible if readers == 'later' else visible & visible.T                    # each thought
+        first = choices.start + size * torch.arange(at_once, device=tokens.device)  # of each part
+        visible = causal(S, S, tokens.device)  # the text
+        new = visible if readers == 'later' else visible & visible.T  # each thought
         cache = KVCache()
-        plain = self.hidden(tokens, cache)                                              # (B, S, d_model)
+        plain = self.hidden(tokens, cache)  # (B, S, d_model)
         cache.repeat(N // B)
-        state = last = plain.repeat_interleave(N // B, dim=0)                           # (N, S, d_model)
+        state = last = plain.repeat_interleave(N // B, dim=0)  # (N, S, d_model)
         alive = torch.ones(N, S, 1, dtype=torch.bool, device=tokens.device)
         written = []
         for step in range(T // at_once):
             part = slice(step * at_once, (step + 1) * at_once)
-            logits = self.logits(state, choices).float().unflatten(-1, (at_once, size))     # (N, S, at_once, size)
+            logits = self.logits(state, choices).float().unflatten(-1, (at_once, size))
             if given is None:
-                with torch.no_grad():
-                    index = sample(logits.flatten(0, 2), noise[..., part].flatten(), **sampling).view(N, S, at_once)
+                index = sample(logits.detach().flatten(0, 2), noise[..., part].flatten(), **sampling)
             else:
-                index = (given[..., part] - choices.start) % size
-            token = torch.where(alive, first + index, self.config.end_thought)              # (N, S, at_once)
+                index = (given[..., part].flatten() - choices.start) % size
+            index = index.view(N, S, at_once)
+            token = torch.where(alive, first + index, self.config.end_thought)  # (N, S, at_once)
             written.append((token, *(torch.where(alive, x, 0.) for x in choice(logits, index))))
             if thought_kind == 'continuous':
-                x = state + self.embed(first[:1])       # plus the first thought token, so as not to look like text
+                x = state + self.embed(first[:1])  # marked, so as not to look like text
             else:
                 x = self.embed(token).sum(2) * at_once ** -.5
             if thought_kind == 'straight_through':
-                rows = self.wte.weight[choices.start - self.config.reads.start:choices.stop]
+                rows = self.wte.weight[choices.start:choices.stop]
                 soft = logits.softmax(-1).flatten(2) @ rows * at_once ** -.5
                 x = x.detach() + soft - soft.detach()
-            visible = torch.cat([visible, new], dim=1)                                      # (S, (step + 2) S)
+            visible = torch.cat([visible, new], dim=1)  # (S, (step + 2) S)
             position = torch.arange(S, device=tokens.device) + step + 1
             state = self.layers(x, cache, position, visible)
             alive = alive & (token != self.config.end_thought).all(-1, keepdim=True)
             last = torch.where(alive, state, last)
         if self.config.gate is not None and T:
             last = plain.repeat_interleave(N // B, dim=0) + self.gate * last
-        thoughts, log_probs, entropies = (torch.cat(x, dim=-1) for x in zip(*written)) if T else 3 * [noise]
-        return thoughts, log_probs, entropies, plain, last
+        written = (torch.cat(x, dim=-1) for x in zip(*written)) if T else 3 * [noise]
+        return *written, plain, last
 
     @staticmethod
     def from_normal(model, d_thought_vocab, spread=1., **more):
-        """
-        Grow a normal GPT2 by d_thought_vocab thoughts and end_thought. Old rows of embedding and unembedding
-        are copied, so the logits of normal tokens stay the same. New rows are drawn around the mean of the
-        old ones with spread times their standard deviation: how certain thoughts are at first. more: fields
-        of ThinkingModelConfig, such as a larger block_size, for which positions are added in the same way.
-        """
+        """Grow a normal GPT2 by d_thought_vocab thoughts and end_thought; logits of normal tokens stay the
+        same. New embeddings are drawn around the mean of the old ones, with spread times their deviation: how
+        certain thoughts are at first. more: fields of ThinkingModelConfig, such as a larger block_size."""
         shape = {name: value for name, value in asdict(model.config).items() if name != 'd_vocab'}
         shape |= {'d_normal_vocab': model.config.d_vocab, 'd_thought_vocab': d_thought_vocab, **more}
         config = ThinkingModelConfig(**shape)
@@ -614,25 +561,22 @@ class GPT2Thinking(GPT2):
         return grown
 
 
-# ---- keys and values that were computed before ----
+# ---- keys and values ----
 
 class KVCache:
-    """
-    Keys and values (B, H, S, D) of each layer at the positions a model has read. They grow as tokens are
-    appended, and gradients pass through. Given a config and sizes, they are written into memory that is
-    reserved once, without gradients: faster for many tokens.
-    """
+    """Keys and values (B, H, S, D) of each layer at the positions a model has read. They grow, and gradients
+    pass; given a config and sizes, memory is reserved once, without gradients: faster."""
 
     def __init__(self, config=None, n_rows=0, n_positions=0, device=None, dtype=None):
         self.kv, self.length, self.positions = {}, 0, None
         self.reserved = config is not None
-        self.fast = False       # whether a kernel of ours reads it
+        self.fast = False  # whether a kernel of ours reads it
         if self.reserved:
             shape = n_rows, config.n_head, n_positions, config.d_model // config.n_head
             self.kv = {layer: [torch.empty(shape, device=device, dtype=dtype) for _ in 'kv']
                        for layer in range(config.n_layer)}
             self.fast = has_kernel(device, shape[-1])
-            self.on_device = torch.zeros((), dtype=torch.int32, device=device)      # length, for the kernel
+            self.on_device = torch.zeros((), dtype=torch.int32, device=device)  # length, for the kernel
 
     def append(self, layer, k, v):
         """Store k, v (B, H, S, D) of new tokens. Returns all keys and values so far."""
@@ -647,7 +591,7 @@ class KVCache:
         return self.kv[layer]
 
     def place(self, positions):
-        """Note the positions (S,) of tokens that all layers are about to append. Returns those of all tokens."""
+        """Note the positions (S,) of tokens that layers will append. Returns those of all tokens."""
         self.positions = positions if self.positions is None else torch.cat([self.positions, positions])
         return self.positions
 
@@ -668,17 +612,14 @@ class KVCache:
 
 # ---- weights from and to Hugging Face ----
 
-HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')    # transformers keeps these as (in, out)
+HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # transformers keeps these as (in, out)
 HF_FIXED = {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
             'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
 
 
 def from_pretrained(source):
-    """
-    A GPT2 with the weights of a Hugging Face GPT-2: a local folder, or a hub name such as 'gpt2' or
-    'gpt2-xl'. Raises ValueError, in one line, if there are no such weights, or if this file cannot express
-    the model.
-    """
+    """A GPT2 with the weights of a Hugging Face GPT-2, a folder or a hub name such as 'gpt2-xl'. Raises
+    ValueError, in one line, if there are none, or if this file cannot express the model."""
     transformers = need('transformers', 'to load pretrained weights')
     try:
         c = transformers.AutoConfig.from_pretrained(source)
@@ -687,11 +628,11 @@ def from_pretrained(source):
         odd = [name for name, usual in HF_FIXED.items() if getattr(c, name) != usual]
         if odd or c.n_inner not in (None, 4 * c.n_embd):
             raise ValueError(f'{source} is not a plain GPT-2: {", ".join(odd) or "n_inner"} differs')
-        theirs = transformers.GPT2LMHeadModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(source, use_safetensors=True, dtype='float32')
     except OSError as error:
         raise ValueError(f'no GPT-2 weights at {source}: {str(error).strip().splitlines()[0]}') from error
-    model = GPT2(ModelConfig(d_vocab=c.vocab_size, block_size=c.n_positions, n_layer=c.n_layer, n_head=c.n_head,
-                             d_model=c.n_embd, tie_weights=c.tie_word_embeddings))
+    shape = c.vocab_size, c.n_positions, c.n_layer, c.n_head, c.n_embd, c.tie_word_embeddings
+    model = GPT2(ModelConfig(*shape))
     state = {name.removeprefix('transformer.'): p for name, p in theirs.state_dict().items()}
     model.load_state_dict({name: p.t() if name.endswith(HF_TRANSPOSED) else p for name, p in state.items()})
     return model
@@ -705,8 +646,9 @@ def save_pretrained(model, folder):
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.d_vocab, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.d_model,
         tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None))
-    theirs.load_state_dict({('' if name.startswith('lm_head') else 'transformer.') + name:
-                            p.t() if name.endswith(HF_TRANSPOSED) else p for name, p in model.state_dict().items()})
+    state = {('' if name.startswith('lm_head') else 'transformer.') + name: p
+             for name, p in model.state_dict().items()}
+    theirs.load_state_dict({name: p.t() if name.endswith(HF_TRANSPOSED) else p for name, p in state.items()})
     theirs.save_pretrained(folder)
 
 
@@ -716,29 +658,26 @@ MODELS = {'ModelConfig': (ModelConfig, GPT2), 'ThinkingModelConfig': (ThinkingMo
 
 
 def unpack(packed):
-    """The model that utils.pack took apart. Raises ValueError if something in it does not fit."""
+    """The model that utils.pack took apart. Raises ValueError."""
     try:
         Config, Model = MODELS[packed['kind']]
         model = Model(Config(**packed['config']))
         model.load_state_dict(packed['state'])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f'no model of this version in the checkpoint: {str(error).splitlines()[0]}') from error
+        raise ValueError(f'no model of this version in the checkpoint: {error}') from error
     return model
 
 
 def find_model(checkpoint, name='model'):
-    """The model called name in a checkpoint. Raises ValueError if there is none."""
+    """The model called name in a checkpoint. Raises ValueError."""
     if name not in checkpoint['models']:
         raise ValueError(f'the checkpoint has no model called {name}, but {", ".join(checkpoint["models"])}')
     return unpack(checkpoint['models'][name])
 
 
 def make_model(config, checkpoint=None, name='model', spread=1.):
-    """
-    A new model of this shape or, given a checkpoint, the model called name in it; a normal one is grown if
-    the shape is that of a thinking one, see from_normal. Raises ValueError if there is no such model, or one
-    of another shape.
-    """
+    """A new model of this shape, or the model called name in a checkpoint; a normal one is grown if the shape
+    is that of a thinking one. Raises ValueError if there is no such model, or one of another shape."""
     if checkpoint is None:
         return MODELS[type(config).__name__][1](config)
     model = find_model(checkpoint, name)
@@ -754,7 +693,7 @@ def make_model(config, checkpoint=None, name='model', spread=1.):
 
 
 def lagged_copy(model, checkpoint=None):
-    """A copy of a model that does not learn; from a checkpoint that has one called lagged, that one."""
+    """A copy of a model that does not learn; if a checkpoint has one called lagged, that one."""
     lagged = copy.deepcopy(model).requires_grad_(False)
     if checkpoint and 'lagged' in checkpoint['models']:
         lagged.load_state_dict(find_model(checkpoint, 'lagged').state_dict())

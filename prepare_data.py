@@ -11,7 +11,7 @@ Every data set, made or downloaded.
 
 Tokens go to train.bin and val.bin, for np.memmap(file, dtype=np.uint16). meta.json lists the characters in
 the order of their tokens, and counts tokens, characters and bytes. In GPT-2's tokens each document begins
-with <|endoftext|>, except in Shakespeare. Line ends become \\n. Tokens that are there are not made again.
+with <|endoftext|>, except in Shakespeare. Line ends become \\n. What is there is not made again.
 
 Problems are text: train.jsonl and val.jsonl have lines {"question": ..., "answer": "12", "level": 1}. All
 problems with the same calculation, such as 7+3-2, are in the same file.
@@ -39,14 +39,14 @@ dataset = 'shakespeare_char'  # 'shakespeare_char' | 'shakespeare' | 'text' | 'f
                               # 'problems'
 path = ''                     # text: a file (also .xz, .gz, .bz2) or folder; Shakespeare: a copy of input.txt
 val_path = ''                 # text: a file or folder for val; empty: val is the end of the text in path
-val_share = .1                # text, addition, problems: the share of val; of problems roughly
+val_share = .1                # text, addition, problems: share of val, in problems roughly
 tokenizer = 'gpt2'            # 'gpt2' | 'char': of text; char has a token for each character of train and val
 n_tokens = 100_000_000        # fineweb_edu: to train on; the document in which they end is kept whole
 n_questions = 1_000_000       # addition: different ones; all if there are fewer
 input_min = 10_000            # addition: numbers are input_min..M-1
 input_max = 100_000           # M
 n_problems = 5000             # problems: different ones in each level
-seed = 0                      # addition, problems: of the random choice
+seed = 0                      # addition, problems: of the choice
 out_dir = ''                  # folder of the data; empty: data/<dataset>
 
 # ---- set-up ----
@@ -56,7 +56,7 @@ folder, PARTS = Path(out_dir or f'data/{dataset}'), ('train', 'val')
 lock = FileLock(folder / '.lock', timeout=0)
 uses = {'text': 'path val_path val_share tokenizer', 'fineweb_edu': 'n_tokens',
         'addition': 'val_share n_questions input_min input_max seed',
-        'problems': 'val_share n_problems seed'}.get(dataset, 'path').split()
+        'problems': 'val_share n_problems seed'}.get(dataset, 'path').split()    # Shakespeare: path
 made_with = {name: knobs[name] for name in ['dataset', *uses]}      # all that decides what is written
 changed = {name: value for name, value in knobs.changed.items() if name != 'out_dir'}
 if useless := changed.keys() - made_with:
@@ -65,12 +65,12 @@ if dataset == 'text' and not path:
     fail('--dataset=text needs --path=<file or folder>')
 if dataset == 'addition' and input_min >= input_max - 1:
     fail(f'--input_min={input_min} leaves no two numbers below input_max={input_max}')
-if dataset.startswith('shakespeare'):       # as in nanoGPT
+if dataset.startswith('shakespeare'):       # like nanoGPT
     val_path, val_share, tokenizer = '', .1, 'char' if dataset == 'shakespeare_char' else 'gpt2'
 
 
 def made(ending=''):
-    """meta.json if it is of these knobs and the .bin files have all it counts, else None. '.part': unfinished."""
+    """meta.json if it is of these knobs and the .bin files are complete, else None. '.part': unfinished."""
     with suppress(OSError, ValueError, LookupError, TypeError):     # not there, or not of this script
         meta = json.loads((folder / f'meta.json{ending}').read_text())
         lengths = [(folder / f'{part}.bin{ending}').stat().st_size // 2 for part in PARTS]
@@ -131,8 +131,8 @@ if dataset == 'problems':
         while sum(map(len, lines.values())) < level * n_problems:
             question, answer, calculation = word_problem(draw, *shape)
             line = json.dumps({'question': question, 'answer': answer, 'level': level}) + '\n'
-            chance = random.Random(f'{seed} {calculation}').random()    # one for each calculation
-            lines[PARTS[chance < val_share]][line] = True
+            chance = random.Random(f'{seed} {calculation}').random()    # one per calculation
+            lines['val' if chance < val_share else 'train'][line] = True
     for part in PARTS:
         write(f'{part}.jsonl', ''.join(lines[part]))
     finish('is made', {f'{part}_problems': len(lines[part]) for part in PARTS})
@@ -155,7 +155,7 @@ def read(where):
         try:
             with fsspec.open(file, 'rt', compression='infer', encoding='utf-8-sig') as f:
                 texts.append(f.read())
-        except Exception as error:      # missing, damaged, or not text
+        except Exception as error:      # missing, damaged or not text
             fail(f'cannot read {file} as text in UTF-8: {error}')
     return texts
 
@@ -172,7 +172,7 @@ def fineweb_pieces():
         fail(f'FineWeb-Edu broke off, the same command goes on from there: {type(error).__name__}: {error}')
 
 
-characters, total = [], None    # without characters: GPT-2's tokens; number of pieces, if known
+characters, total = [], None    # no characters: GPT-2's tokens
 if dataset == 'addition':       # the questions of add_normal.py, split as there with heldout=val_share
     source, characters = 'utils.addition_questions', list('0123456789+=\n')
     with user_errors():
@@ -194,7 +194,7 @@ else:
             fail(f'cannot download {SHAKESPEARE}, pass a copy of it by --path=input.txt: {error}')
         write('input.txt', text)
     texts = read(file)
-    end = int(sum(map(len, texts)) * (1 if val_path else 1 - val_share))    # of train, in characters
+    end = int(sum(map(len, texts)) * (1 if val_path else 1 - val_share))    # where val begins
     texts += read(Path(val_path)) if val_path else []
     n_val = sum(map(len, texts)) - end
     if not end or not n_val:
@@ -233,7 +233,7 @@ for part, begins, text in tqdm(pieces, initial=meta['pieces'], total=total, disa
 (folder / 'meta.json').unlink(missing_ok=True)      # it must not describe other files
 for part, file in files.items():
     file.close()
-    write_atomic(folder / f'{part}.bin', Path(file.name).rename)
+    write_atomic(folder / f'{part}.bin', Path(file.name).rename)      # once it is on the disk
     meta[f'{part}_sha256'] = hashlib.sha256(np.memmap(folder / f'{part}.bin', mode='r')).hexdigest()
 write('meta.json', json.dumps(meta, indent=1))
 (folder / 'meta.json.part').unlink()

@@ -57,8 +57,8 @@ at_once = 8                   # thoughts per pass, each from its own part of the
 fixed = True                  # always T thoughts; False: up to T, end_thought ends them
 think_cost = .01              # what a thought costs if their number is not fixed, nats
 group_size = 4                # G: rollouts of a position, if thoughts are tokens
-gate = 'open'                 # 'open' | 'learned' | 'none' | 'closed': predict from states without thoughts
-                              # plus a share, 1 or 0 at first, of those with; only from those with; or without
+gate = 'open'                 # 'open' | 'learned' | 'none' | 'closed': which states predict: without thoughts
+                              # plus g times with, g learned from 1 or from 0; only with; only without
 policy_weight = 1.            # of the policy gradient, if thoughts are tokens; 0: they are not trained
 baseline = 'group'            # 'group' | 'no_think': mean of the rollouts, or a lagged copy without thoughts
 entropy_weight = .01          # of a bonus for the entropy of thoughts that are paid; falls to zero
@@ -78,7 +78,7 @@ wandb_mode = 'disabled'       # 'disabled' | 'offline' | 'online'
 # ---- set-up ----
 
 knobs = read_knobs(__file__, globals())
-legible = thoughts == 'own' and think_len > 0 and thought_kind != 'continuous'      # tokens to show
+legible = thoughts == 'own' and think_len > 0 and thought_kind != 'continuous'      # can be shown
 paid = legible and thought_kind == 'token' and policy_weight > 0
 if paid and baseline == 'group' and group_size < 2:
     fail(f'baseline=group compares the rollouts of a group: group_size={group_size} must be at least 2')
@@ -92,7 +92,7 @@ world = World(knobs)
 if micro_batch and batch_size // world.size % micro_batch:
     fail(f'micro_batch={micro_batch} does not divide the {batch_size // world.size} sequences of a process')
 G = group_size if thought_kind == 'token' and thoughts != 'filler' else 1
-temperature = 1. if thought_kind == 'token' else 0.     # of thoughts in training; 0: the most likely
+temperature = 1. if thought_kind == 'token' else 0.     # of thoughts; 0 takes the most likely ones
 
 # ---- data ----
 
@@ -150,8 +150,8 @@ def loss_at(states, y, by=model):
 
 
 # ---- three ways to learn ----
-# Each returns the loss for sequences x (B, S) with next tokens y (B, S), and what else to log.
-# noise (B G, S, T) draws thoughts, bonus is what their entropy is worth.
+# Each returns the loss for sequences x (B, S) with next tokens y (B, S), and what to log beside it or in its
+# place. noise (B G, S, T) draws thoughts, bonus is what their entropy is worth.
 
 def ordinary(x, y, noise, bonus):
     """There are no thoughts."""
@@ -254,7 +254,7 @@ for step in run.steps(run.first_step if eval_only else max_steps):
         evaluate(step)
         begun, since = step, run.seconds()
     schedule(optimizer, learning_rate, step, max_steps, warmup_steps, cosine=True)
-    torch.manual_seed(step)     # of dropout: a resumed run drops the same
+    torch.manual_seed(step)     # for dropout: a resumed run drops the same
     model.train()
 
     # seed and step decide what is read: the same with thoughts and without

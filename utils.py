@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 try:
@@ -66,9 +67,9 @@ LIMITS = {name: limits for limits, names in {  # smallest and largest value; oth
     (1e-6, 1e9): 'tau max_seconds', (1e-3, 1e3): 'temperature',
     (0, 1): 'epsilon hardest advance_at beta2', (0, .99): 'heldout val_share dropout',
 }.items() for name in names.split()}
-# what may differ when a run is resumed, and does not name its folder
+# may differ when a run is resumed, do not name its folder
 FREE = 'init_from eval_only out_dir max_steps max_seconds eval_every log_every wandb_mode plot page'.split()
-# what decides which questions are held out: weights stay with the split they were trained on
+# decide which questions are held out, and stay with the weights
 SPLIT = set('seed heldout input_min input_max n_adds task n_letters k'.split())
 
 
@@ -77,11 +78,10 @@ class Knobs(dict):
 
 
 def read_knobs(file, script_globals, pretrained=False):
-    """
-    A script's knobs: lines `name = value  # meaning, unit` below its banner "knobs", where 'a' | 'b' lists
-    choices, overridden by --name=value, and put into its globals. --help prints them. init_from=resume takes
-    what is not given from the checkpoint; the path of a checkpoint of the same script takes only SPLIT.
-    pretrained: other paths are left to the script. Fails in one line.
+    """A script's knobs: lines `name = value  # meaning, unit` below the banner "knobs", 'a' | 'b' are
+    choices. They are overridden by --name=value and put into its globals. --help prints them. With
+    init_from=resume the checkpoint gives what is not given; the path of a checkpoint of the same script gives
+    SPLIT. pretrained: other paths are left to the script.
     """
     block = Path(file).read_text().partition('# ---- knobs ----')[2].partition('\n# ----')[0].strip()
     if {'-h', '--help'} & set(sys.argv[1:]):
@@ -127,9 +127,9 @@ def read_knobs(file, script_globals, pretrained=False):
 
 def parse_knob(argument, defaults):
     """The name and the value in --name=value, of the type of the knob's default; or fail."""
-    name, equals, text = argument.removeprefix('--').partition('=')
-    if not argument.startswith('--') or not equals:
+    if not (match := re.fullmatch(r'--(\w+)=(.*)', argument, re.DOTALL)):
         fail(f'{argument!r} is not of the form --name=value, see --help')
+    name, text = match.groups()
     if name not in defaults:
         near = difflib.get_close_matches(name, defaults, n=1, cutoff=0)[0]
         fail(f'unknown knob --{name}, the nearest is --{near}')
@@ -149,8 +149,7 @@ class World:
         self.rank, self.size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.main, name = self.rank == 0, knobs['device']
         if name == 'auto':
-            mps = torch.backends.mps.is_available()
-            name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+            name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.mps.is_available() else 'cpu'
         name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if name == 'cuda' else name
         if not re.fullmatch(r'cpu|mps|cuda:\d+', name):
             fail(f'--device={name} must be auto, cpu, cuda, cuda:<number> or mps')
@@ -169,13 +168,8 @@ class World:
         if self.size > 1:
             dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=knobs.get('dtype') == 'bfloat16')
-        if kind == 'cpu':  # the same bits every time, or a resumed run would differ
-            os.environ.setdefault('MKL_CBWR', 'AUTO,STRICT')  # MKL may not vary its code,
-            torch.set_num_threads(torch.get_num_threads())  # nor its threads,
-            for function in (torch.exp, torch.log, torch.sin, torch.cos, torch.tanh):
-                function(torch.ones(1))  # and chooses before two threads ask at once
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+        if kind == 'cpu':
+            make_repeatable()
         torch.manual_seed(knobs['seed'])
         # all processes draw the same questions and noise
         self.generator = torch.Generator(self.device).manual_seed(knobs['seed'])
@@ -205,12 +199,22 @@ class World:
             torch.nn.utils.vector_to_parameters(flat / self.size, grads)
 
     def peak_memory_mb(self):
-        """The most memory this process has used, of its GPU if it has one."""
+        """The most memory this process has used, of its GPU if it has one; None on Windows."""
         if self.device.type == 'cuda':
-            return torch.cuda.max_memory_allocated() / 2**20
-        import resource  # not on Windows
-        unit = 2**20 if sys.platform == 'darwin' else 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+            return round(torch.cuda.max_memory_allocated() / 2**20)
+        with contextlib.suppress(ImportError):
+            used = importlib.import_module('resource').getrusage(0).ru_maxrss
+            return round(used / (2**20 if sys.platform == 'darwin' else 2**10))
+
+
+def make_repeatable():
+    """Make a CPU give the same bits every time, or a resumed run would differ."""
+    os.environ.setdefault('MKL_CBWR', 'AUTO,STRICT')  # MKL may not vary its code,
+    torch.set_num_threads(torch.get_num_threads())  # nor its threads,
+    for function in (torch.exp, torch.log, torch.sin, torch.cos, torch.tanh):
+        function(torch.ones(1))  # and chooses its code now, before two threads ask at once
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 # ---- the run directory ----
@@ -232,7 +236,8 @@ def load_checkpoint(path, missing='no checkpoint'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises many kinds
         fail(f'{path} is damaged or no checkpoint ({type(error).__name__})')
-    if not isinstance(checkpoint, dict) or not {'script', 'knobs', 'models', 'written'} <= checkpoint.keys():
+    needed = set('script knobs models step best seconds written optimizers generator'.split())
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         fail(f'{path} is no checkpoint of these scripts')
     return checkpoint
 
@@ -261,10 +266,8 @@ class Run:
                 fail('this run is from another kind of device: init_from=<its ckpt.pt> uses its weights')
         try:
             self.open_folder() if self.writes else None
-        except Timeout:
-            fail(f'another run is writing to {self.folder}')
-        except OSError as error:
-            fail(f'cannot write to {self.folder}: {error.strerror}')
+        except OSError as error:  # of a lock that is held it has no strerror
+            fail(f'cannot write to {self.folder}: {error.strerror or "another run is writing to it"}')
 
     def restore(self, state):
         """What a script keeps between steps, {name: tensor}, as given or as it was in the resumed run."""
@@ -291,22 +294,20 @@ class Run:
         for file, length in zip(files, self.resumed['written'] if self.resumed else (0, 0)):
             file.truncate(file.seek(length))  # forget what was written after the checkpoint
         self.metrics, self.samples = files
-        now = {'knobs': self.knobs, 'commit': git_commit(), 'torch': torch.__version__,
-               'device': device_name(self.world.device.type), 'processes': self.world.size}
-        if self.resumed and written:
-            written.setdefault('resumed', []).append({'step': self.first_step, **now})
-        else:
-            written = {'script': self.knobs.script, **now}
-        write_atomic(config, lambda path: path.write_text(json.dumps(written, indent=1)))
+        now = {'script': self.knobs.script, 'knobs': self.knobs, 'commit': git_commit(),
+               'torch': torch.__version__, 'processes': self.world.size, 'device': platform.machine()}
+        if self.world.device.type == 'cuda':
+            now['device'] = torch.cuda.get_device_name()
+        if not self.resumed:
+            write_atomic(config, lambda path: path.write_text(json.dumps(now, indent=1)))
         try:
-            self.wandb = wandb and wandb.init(
-                project='think-tokens', name=f'{self.knobs.script} {self.folder.name}',
-                config=dict(self.knobs), dir=self.folder, mode=mode)
+            self.wandb = wandb and wandb.init(project='think-tokens', mode=mode,
+                                              name=self.folder.name, config=dict(self.knobs), dir=self.folder)
         except Exception as error:  # wandb raises many kinds
             fail(f'wandb: {error}')
 
     def seconds(self):
-        """Seconds of this run, with those before it was resumed."""
+        """Seconds of this run, those before it was resumed too."""
         return time.time() - self.start
 
     def steps(self, last):
@@ -316,7 +317,7 @@ class Run:
         most = self.knobs['max_seconds']
         with self.bar:
             for step in self.bar:
-                if step % self.knobs['log_every'] == 0:  # now and then: all wait for the main process's clock
+                if step % self.knobs['log_every'] == 0:  # all wait for the main process
                     late = torch.tensor(float(self.seconds() > most), device=self.world.device)
                     dist.broadcast(late, 0) if self.world.size > 1 else None
                     if late:
@@ -329,7 +330,7 @@ class Run:
             tqdm.write(text if sys.stdout.isatty() and not os.environ.get('NO_COLOR') else plain(text))
 
     def sample(self, text, right=None):
-        """Print coloured text, with a tick or a cross; keep it in samples.txt and for Weights & Biases."""
+        """Print coloured text, with a tick or a cross; keep it for samples.txt and wandb."""
         if right is not None:
             text += ' ' + (paint('✓', 'green') if right else paint('✗', 'red'))
         self.print(text)
@@ -347,7 +348,7 @@ class Run:
             self.sample(text, right=answer == truth)
 
     def log(self, step, **numbers):
-        """Write a line of metrics.jsonl; only seconds, tokens_per_second and mfu vary from run to run."""
+        """Write a line of metrics.jsonl; only seconds, tokens_per_second and mfu vary between runs."""
         for name, value in numbers.items():
             if not math.isfinite(value):
                 fail(f'{name} is {value} at step {step}: training diverged, a smaller learning_rate may help')
@@ -358,7 +359,7 @@ class Run:
             self.wandb.log(numbers | self.table(), step=step)
 
     def table(self):
-        """What was shown since the last call, for Weights & Biases."""
+        """What was shown since the last call, for wandb."""
         rows, self.shown = self.shown, ''
         return {'samples': need('wandb', '').Html(f'<table>{rows}</table>')} if rows else {}
 
@@ -386,17 +387,16 @@ class Run:
             self.best = score
             self.save(step, models, 'best.pt', **state)
 
-    def picture(self, name, figure):
-        """Write a plotly figure as HTML."""
-        write_atomic(self.folder / name, figure.write_html)
-
     def finish(self, **result):
         """The last line of stdout: one JSON object."""
         changed = {k: v for k, v in self.knobs.changed.items() if k not in ('init_from', 'out_dir')}
         line = {'script': self.knobs.script, 'changed': changed, **result,
-                'seconds': round(self.seconds(), 2), 'peak_memory_mb': round(self.world.peak_memory_mb())}
+                'seconds': round(self.seconds(), 2), 'peak_memory_mb': self.world.peak_memory_mb()}
         if self.writes:
+            self.metrics.close()
+            self.samples.close()
             self.lock.release()
+            os.unlink(self.lock.lock_file)
         if self.wandb:
             self.wandb.log(self.table())
             self.wandb.summary.update(line)
@@ -415,19 +415,9 @@ def git_commit():
         return found.stdout.strip() or None
 
 
-def device_name(kind):
-    """The name of this machine's GPU (kind 'cuda') or CPU."""
-    if kind == 'cuda':
-        return torch.cuda.get_device_name()
-    info = Path('/proc/cpuinfo')
-    found = re.search(r'model name\s*: (.*)', info.read_text() if info.exists() else '')
-    return f'{found[1] if found else sys.platform}, {os.cpu_count()} cores'
-
-
 def peak_flops(device):
-    """A GPU's dense bfloat16 operations per second, by its data sheet, or None."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-    return 989e12 if 'H100' in name or 'H200' in name else 312e12 if 'A100' in name else None
+    """Dense bfloat16 operations per second of an H100, by its data sheet; None on a CPU."""
+    return 989e12 if device.type == 'cuda' else None
 
 
 # ---- tasks ----
@@ -442,7 +432,7 @@ def addition_questions(input_min, input_max, heldout, seed, n_adds=2, n_max=10**
     generator, n_numbers = torch.Generator().manual_seed(seed), input_max - input_min
     n_rows = n_numbers ** n_adds
     if n_rows > 2**62:
-        raise ValueError(f'{n_adds} numbers of {n_numbers} make over 2^62 questions, too many to number')
+        raise ValueError(f'{n_adds} numbers of {n_numbers} make questions too many to number')
     index = torch.arange(n_rows if n_rows <= n_max else 0)
     while len(index) < min(n_max, n_rows):
         index = torch.cat([index, torch.randint(n_rows, (n_max,), generator=generator)]).unique()
@@ -453,19 +443,17 @@ def addition_questions(input_min, input_max, heldout, seed, n_adds=2, n_max=10**
 
 
 class SerialTask:
-    """
-    Questions worked out step by step: a start and *depth* operations, each of which leads to a state; the
-    last state is the answer. Raises ValueError.
+    """Questions worked out step by step: a start and *depth* operations, each leads to a state, the last one
+    is the answer. Raises ValueError.
 
     'add'   a running total modulo a prime; an operation is + c, or x c with c > 0
     'plus'  only additions, modulo any number
-    'perm'  of n states; an operation is one of n_letters random permutations of them
-    's5'    of the 120 permutations of five things; an operation is one of n_letters of them
-    'hop'   a random mapping f of n elements, tokens v>f(v) in random order; every operation is f
-    'sort'  n_letters numbers below n in place of a start; every operation asks for the next in order
+    'perm'  of n states; an operation is one of n_letters random permutations
+    's5'    of the 120 permutations of five things; an operation is one of n_letters
+    'hop'   a random mapping f of n elements, as tokens v>f(v); every operation is f
+    'sort'  n_letters numbers below n, in place of a start; an operation asks for the next
 
-    names holds the texts of tokens: states 0..n_states-1, operations, the arrows of 'hop', '=' at the end.
-    n_prefix tokens stand before the start.
+    names: of states 0..n_states-1, operations, arrows, '='. n_prefix tokens stand before the start.
     """
     def __init__(self, task, n_states, n_letters=10, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -567,7 +555,7 @@ def load_problem(line):
     question, answer = row.get('question', row.get('problem')), row.get('answer')
     answer = boxed(str(row.get('solution'))) if answer is None else str(answer).rpartition('####')[2]
     if not isinstance(question, str) or not answer or not answer.strip():
-        raise ValueError('it needs a question, or problem, and an answer, or a solution with \\boxed{}')
+        raise ValueError('it needs a question or problem, an answer or a solution with \\boxed{}')
     level = str(row.get('level', '')).removeprefix('Level ')
     return {'question': question, 'answer': answer.strip(), 'level': level}
 
@@ -644,10 +632,9 @@ def fused(function):
 
 @fused
 def sample(logits, noise, temperature=1., epsilon=0., bias=0.):
-    """
-    Draw a token per row by inverting the distribution function at a uniform number: only the noise decides.
-    logits: (N, V). noise: (N,) in [0, 1). temperature: 0 takes the most likely token. epsilon: share of
-    uniform draws. bias: (N, V), added to the logits. Returns tokens (N,). Raises ValueError.
+    """Draw a token per row by inverting the distribution function: only noise (N,) in [0, 1) decides. logits:
+    (N, V). temperature: 0 takes the likeliest token. epsilon: share of uniform draws. bias: added to logits.
+    Returns tokens (N,). Raises ValueError.
     """
     if temperature != 0 and temperature < 1e-3 or not 0 <= epsilon <= 1:
         raise ValueError(f'cannot sample with {temperature=}, {epsilon=}')
@@ -665,7 +652,7 @@ def sample(logits, noise, temperature=1., epsilon=0., bias=0.):
 # ---- what rollouts are worth, and whether thoughts are used ----
 
 def finite(rewards, otherwise=0.):
-    """Rewards (N, G), infinities replaced by the largest and smallest finite one of a group, or otherwise."""
+    """Rewards (N, G), infinite ones replaced by the largest and smallest finite of a group, or otherwise."""
     known = rewards.isfinite()
     low = rewards.masked_fill(~known, torch.inf).amin(1, keepdim=True)
     high = rewards.masked_fill(~known, -torch.inf).amax(1, keepdim=True)
@@ -712,9 +699,8 @@ NEED_GROUPS = ADVANTAGES.keys() - SUM_TO_ONE - {'raw', 'reinforce'}  # always 0 
 
 
 def advantages(rewards, kind, tau=1., baseline=0., batch=None):
-    """
-    Weights (N, G) of rollouts by their rewards (N, G): the loss is -sum of weight * log-probability over a
-    group, a mean for advantages. baseline: of reinforce, a number or (N, 1). batch: all processes' rewards.
+    """Weights (N, G) of rollouts by rewards (N, G): the loss is -sum of weight * log-probability over a
+    group. baseline: of reinforce, a number or (N, 1). batch: the rewards of all processes.
     """
     weights = ADVANTAGES[kind](rewards, tau, baseline, rewards if batch is None else batch)
     return weights if kind in SUM_TO_ONE else weights / rewards.shape[1]
@@ -728,11 +714,10 @@ def concentration(weights):
 
 
 def balanced_target(scores, prices, tau, n_steps=10):
-    """
-    Which codes each answer is to be written with: softmax(scores / tau - prices), where the price of a code
-    rises until no more than its share of answers want it: entropic optimal transport by Sinkhorn's iteration
-    (Cuturi 2013), prices not below 0 as in an auction (Bertsekas 1988). scores: (n_answers, n_codes). prices:
-    (n_codes,), zeros at first. Returns the log of the target, and new prices.
+    """Which codes each answer is to be written with: softmax(scores / tau - prices), where the price of a
+    code rises until no more than its share of answers want it. Entropic optimal transport by Sinkhorn's
+    iteration (Cuturi 2013), prices not below 0 as in an auction (Bertsekas 1988). scores: (answers, codes).
+    prices: (codes,), zeros at first. Returns the log of the target, and new prices.
     """
     n_answers, n_codes = scores.shape
     log_share = math.log(max(1., n_answers / n_codes))
@@ -745,13 +730,13 @@ def balanced_target(scores, prices, tau, n_steps=10):
 
 @torch.no_grad()
 def judge(answering, thoughts, right):
-    """The answering policy's answers (n,) to thoughts (n, T), the share that are `right`, bits received"""
+    """A policy's answers (n,) to thoughts (n, T), the share that are `right`, the bits that it got."""
     found = []
     for part, answer in zip(thoughts.split(4096), right.split(4096)):
         log_p = answering.answer(part).float().log_softmax(-1)
         found.append((log_p.argmax(-1), log_p.gather(1, answer[:, None])[:, 0]))
     answers, log_q = (torch.cat(each) for each in zip(*found))
-    # a lower bound of mutual information if answers are equally frequent (Barber and Agakov 2003)
+    # a lower bound of mutual information for uniform answers (Barber and Agakov 2003)
     bits = math.log2(answering.config.d_normal_vocab) + log_q.mean().item() / math.log(2)
     return answers, (answers == right).sum().item() / len(right), max(0., bits)
 
@@ -793,18 +778,14 @@ def as_html(text):
 def show_tokens(tokens, config, decode=lambda tokens: map(str, tokens), between=' '):
     """Coloured text of tokens. decode: texts of normal ones. With no `between`: <think3,17,40,…>."""
     n_normal, end = getattr(config, 'd_normal_vocab', config.d_vocab), getattr(config, 'end_thought', None)
-    tokens, parts = [int(token) for token in tokens], []
+    tokens = [int(token) for token in tokens]
     texts = iter(decode([token for token in tokens if token < n_normal]))
-    for is_thought, group in itertools.groupby(tokens, lambda token: token >= n_normal and token != end):
-        if is_thought:
-            numbers = [str(token - n_normal) for token in group]
-            if not between:
-                numbers = [','.join(numbers[:3] + ['…'] * (len(numbers) > 3))]
-            parts += [paint(f'<think{number}>', 'cyan') for number in numbers]
-        else:
-            parts += [paint('<end_thought>', 'magenta') if token == end else paint(next(texts), 'blue')
-                      for token in group]
-    return between.join(parts)
+    text = between.join(paint(next(texts), 'blue') if token < n_normal else
+                        paint('<end_thought>', 'magenta') if token == end else
+                        paint(f'<think{token - n_normal}>', 'cyan') for token in tokens)
+    if not between:
+        text = re.sub(r'(<think\d+,\d+,\d+),[\d,]+', r'\1,…', text.replace('>\033[0m\033[36m<think', ','))
+    return text
 
 
 def picture(n_panels, title, heights=None):
@@ -822,21 +803,19 @@ def heat_map(figure, panel, counts, x_title, x, y_title, y):
     figure.update_yaxes(title=y_title, type='category', secondary_y=False, **where)
 
 
-def curve(figure, panel, run, name, colour, right=False, most=None):
-    """Draw a logged number into a panel, on the right scale if asked; dotted: the most it can be."""
+def curve(figure, panel, run, name, colour, right=False):
+    """Draw a logged number into a panel, on its right scale if asked."""
     log = map(json.loads, (run.folder / 'metrics.jsonl').read_text().splitlines())
     steps, values = zip(*((line['step'], line[name]) for line in log if name in line))
     title, where = name.replace('_', ' '), {'row': panel, 'col': 1, 'secondary_y': right}
     figure.add_scatter(x=steps, y=values, name=title, line_color=colour, **where)
-    if most is not None:
-        figure.add_hline(most, line_dash='dot', **where)
     figure.update_yaxes(title=title, color=colour, rangemode='tozero', showgrid=not right, **where)
 
 
 # ==== Fast paths: they change no result, tests compare each with its slow form ====
 
 fusing = False  # whether @fused functions are compiled
-recording = False  # whether a recorded function runs on a GPU, where nothing may depend on what was computed
+recording = False  # whether a recorded function runs: nothing may depend on values
 FEW = 8  # keys up to which attention is written out
 CHUNK = 8192  # rows of logits that the loss makes at a time
 
@@ -846,17 +825,16 @@ def being_recorded():
 
 
 def recorded(function, fuse=False):
-    """
-    Run a function of tensors on a GPU as a CUDA graph: its second call records its kernels, later ones launch
-    them at once. Tensors must keep their shapes, other arguments their values; the next call overwrites what
-    is returned; weights must change in place. fuse: compile @fused functions. On a CPU: itself.
+    """Run a function of tensors on a GPU as a CUDA graph: its second call records its kernels, later ones
+    launch them at once. Shapes and other arguments must not change, weights must change in place, the next
+    call overwrites results. fuse: compile @fused functions. On a CPU it is the function itself.
     """
     graph = given = result = None
 
     def call():
         global fusing, recording
         fusing, recording = fuse, True
-        try:  # weights that autocast has cast must not be kept for later
+        try:  # keep no weights that autocast has cast
             with torch.autocast('cuda', cache_enabled=False, dtype=torch.get_autocast_dtype('cuda'),
                                 enabled=torch.is_autocast_enabled('cuda')):
                 return function(*given)
@@ -896,7 +874,7 @@ def attention(q, k, v, mask=None, dropout=0.):
     """F.scaled_dot_product_attention for the last Sq of Sk tokens, fastest. mask: as there; None: causal."""
     n_query, n_key, few = q.shape[2], k.shape[2], k.shape[2] <= FEW
     if n_key == 1 and not dropout:
-        return v  # its weight is 1; computed, it has a gradient of rounding error, which Adam blows up
+        return v  # computed, its weight has a gradient of rounding error, which Adam blows up
     if mask is None and (few or n_query not in (1, n_key)):
         mask = causal(n_query, n_key, q.device)
     if not few:
@@ -904,7 +882,7 @@ def attention(q, k, v, mask=None, dropout=0.):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout)
     if mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    if q.is_cuda or n_query == 1:  # not as thousands of tiny matrices that are multiplied one by one
+    if q.is_cuda or n_query == 1:  # not thousands of tiny products
         scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) * q.shape[-1] ** -.5 + mask  # (B, H, Sq, Sk)
         return (F.dropout(scores.softmax(-1), dropout)[..., None] * v[:, :, None]).sum(3).to(v.dtype)
     return F.dropout((q @ k.transpose(-2, -1) * q.shape[-1] ** -.5 + mask).softmax(-1), dropout) @ v
@@ -959,15 +937,13 @@ def distinct(numbers):
     return numbers.unique(return_inverse=True)
 
 
-def alike(which, column):
-    """Number rows (N,) by their old number and a token (N,). Returns numbers (N,), a row (n,) of each."""
-    which = (which * (column.max() + 1) + column).unique(return_inverse=True)[1]
-    one = torch.empty_like(which[:which.max() + 1])
-    return which, one.scatter_(0, which, torch.arange(len(which), device=which.device))
-
-
 def think_merged(model, cache, question, choices, noise, stop=None, **sampling):
     """GPT2Thinking.think(grad=True), from an empty cache: rollouts that are alike so far are read once."""
+    def alike(which, column):  # numbers rows (N,) by their old number and a token (N,); one row (n,) of each
+        which = (which * (column.max() + 1) + column).unique(return_inverse=True)[1]
+        one = torch.empty_like(which[:which.max() + 1])
+        return which, one.scatter_(0, which, torch.arange(len(which), device=which.device))
+
     which = torch.zeros_like(question[:, 0])  # (N,) the number of what each row has read so far
     for column in question.T:
         which, rows = alike(which, column)
@@ -990,7 +966,7 @@ def think_merged(model, cache, question, choices, noise, stop=None, **sampling):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(x @ weight.T, targets), x (n, d_model), in chunks (Liger Kernel, Hsu et al. 2024)."""
+    """F.cross_entropy(x @ weight.T, targets), x (n, d_model), in chunks (Liger Kernel, 2024)."""
     @staticmethod
     def forward(ctx, x, weight, targets):
         V, grad_x, grad_weight = len(weight), [], torch.zeros_like(weight)

@@ -160,9 +160,9 @@ def test_every_knob_of_text_does_something(train):
         return torch.cat([x.flatten() for x in load(folder).state_dict().values()])
     usual = state()
     for knob in ('batch_size=4', 'text_len=6', 'learning_rate=1e-2', 'weight_decay=.5', 'beta2=.9',
-                 'clip=.01', 'warmup_steps=9', 'dropout=.1', 'thoughts=filler', 'thoughts=random', 'readers=later',
-                 'think_len=2', 'thought_kind=straight_through', 'thought_kind=continuous', 'fixed=False',
-                 'group_size=3', 'gate=learned', 'gate=open', 'gate=closed', 'policy_weight=0',
+                 'clip=.01', 'warmup_steps=9', 'dropout=.1', 'thoughts=filler', 'thoughts=random',
+                 'readers=later', 'think_len=2', 'thought_kind=straight_through', 'thought_kind=continuous',
+                 'fixed=False', 'group_size=3', 'gate=learned', 'gate=open', 'gate=closed', 'policy_weight=0',
                  'baseline=no_think', 'entropy_weight=1', 'seed=1'):
         assert not torch.equal(state(f'--{knob}'), usual), knob
     usual = state('--think_len=2', '--d_thought_vocab=6')
