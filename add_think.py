@@ -193,7 +193,7 @@ def losses(question, states, step):
         new = max(0, 1 - (step - state['since'].item()) / 300)      # falls from 1 to 0 after a depth was new
         bonus = entropy_weight / 5 + (entropy_weight - entropy_weight / 5) * new
         loss = loss - (weights * log_pi.sum(1).view(B, G)).sum(1).mean() - bonus * entropy.sum(1).mean()
-        seen |= concentration(weights) | {'entropy': entropy.detach().mean(), 'log_prob': log_pi.detach().mean()}
+        seen |= {'entropy': entropy.mean(), 'log_prob': log_pi.mean(), **concentration(weights)}
     return loss, (log_q.argmax(-1) == answer).view(B, G)[:, n_cut:].float(), seen
 
 
@@ -289,7 +289,7 @@ for step in run.steps(run.first_step if eval_only else max_steps):
             state |= {'depth': state['depth'] + 1, 'since': torch.tensor(step + 1), 'accuracy': 0 * share}
     if step % log_every == 0:
         run.log(step, depth=greatest, loss=loss.item(), gradient_norm=norm.item(),
-                **{name: float(x) for name, x in seen.items()})
+                **{name: float(torch.as_tensor(x).detach()) for name, x in seen.items()})
     n_steps = step + 1
 
 # ---- the last line ----

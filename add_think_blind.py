@@ -80,7 +80,7 @@ knobs = read_knobs(__file__, globals())
 compile = compile or fuse
 base = d_thought_vocab + (not fixed)        # tokens to choose from
 if think_len < 1 or max(input_max, 2**9) * base ** think_len > 2**26:
-    fail(f'--think_len={think_len} makes no code, or too many: at most 2^17, or 2^26 / input_max')
+    fail(f'--think_len={think_len} makes no code, or over 2^17 codes, or 2^26 / input_max')
 if (super or clean or supervised_weight) and d_thought_vocab ** think_len < input_max:
     fail(f'{think_len} thoughts of {d_thought_vocab} tokens make no digits for {input_max} answers')
 if search and (advantage not in ('balanced', 'softmax', 'best') or epsilon):

@@ -520,12 +520,12 @@ class GPT2Thinking(GPT2):
             token = torch.where(alive, first + index, self.config.end_thought)  # (N, S, at_once)
             written.append((token, *(torch.where(alive, x, 0.) for x in choice(logits, index))))
             if thought_kind == 'continuous':
-                x = state + self.embed(first[:1])  # marked, so as not to look like text
+                x = state + self.embed(first[:1])  # marked as a thought
             else:
                 x = self.embed(token).sum(2) * at_once ** -.5
             if thought_kind == 'straight_through':
                 rows = self.wte.weight[choices.start:choices.stop]
-                soft = logits.softmax(-1).flatten(2) @ rows * at_once ** -.5
+                soft = logits.log_softmax(-1).exp().flatten(2) @ rows * at_once ** -.5
                 x = x.detach() + soft - soft.detach()
             visible = torch.cat([visible, new], dim=1)  # (S, (step + 2) S)
             position = torch.arange(S, device=tokens.device) + step + 1
@@ -570,7 +570,7 @@ class KVCache:
     def __init__(self, config=None, n_rows=0, n_positions=0, device=None, dtype=None):
         self.kv, self.length, self.positions = {}, 0, None
         self.reserved = config is not None
-        self.fast = False  # whether a kernel of ours reads it
+        self.fast = False  # whether our kernel can read it
         if self.reserved:
             shape = n_rows, config.n_head, n_positions, config.d_model // config.n_head
             self.kv = {layer: [torch.empty(shape, device=device, dtype=dtype) for _ in 'kv']
@@ -610,7 +610,7 @@ class KVCache:
         self.kv = {layer: [kept[rows] for kept in kv] for layer, kv in self.kv.items()}
 
 
-# ---- weights from and to Hugging Face ----
+# ---- Hugging Face weights ----
 
 HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # transformers keeps these as (in, out)
 HF_FIXED = {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
@@ -652,7 +652,7 @@ def save_pretrained(model, folder):
     theirs.save_pretrained(folder)
 
 
-# ---- models in checkpoints ----
+# ---- checkpoints ----
 
 MODELS = {'ModelConfig': (ModelConfig, GPT2), 'ThinkingModelConfig': (ThinkingModelConfig, GPT2Thinking)}
 
@@ -693,7 +693,7 @@ def make_model(config, checkpoint=None, name='model', spread=1.):
 
 
 def lagged_copy(model, checkpoint=None):
-    """A copy of a model that does not learn; if a checkpoint has one called lagged, that one."""
+    """A copy that does not learn; if a checkpoint has a model called lagged, that."""
     lagged = copy.deepcopy(model).requires_grad_(False)
     if checkpoint and 'lagged' in checkpoint['models']:
         lagged.load_state_dict(find_model(checkpoint, 'lagged').state_dict())

@@ -1,4 +1,4 @@
-"""What several scripts share. Fast paths stand at the end: they change no result, skip them at first."""
+"""What several scripts share. Last come fast paths, which change no result: skip them at first."""
 import codecs
 import contextlib
 import difflib
@@ -28,21 +28,21 @@ from tqdm import tqdm
 try:
     import triton
     import triton.language as tl
-except ImportError:  # where there is no GPU
+except ImportError:  # without a GPU
     triton = None
 
 
 # ---- bad input (one line, exit code 2), knobs ----
 
 def fail(message):
-    """End the program because of a user's mistake: one line on stderr, exit code 2, no traceback."""
+    """End the program: one line on stderr, exit code 2."""
     print('error:', ' '.join(str(message).split())[:500], file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def user_errors():
-    """A ValueError inside, or a model that is too large for the memory, is a user's mistake."""
+    """A ValueError inside, or too little memory, is a user's mistake."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -52,7 +52,7 @@ def user_errors():
 
 
 def need(package, purpose):
-    """Import an optional package. Raises ValueError, with what to install, if it is missing."""
+    """Import an optional package. Raises ValueError if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -95,9 +95,9 @@ def read_knobs(file, script_globals, pretrained=False):
     defaults = {name: script_globals[name] for name in comments}
     given = dict(parse_knob(argument, defaults) for argument in sys.argv[1:])
     knobs = Knobs(defaults | given)
-    for name, value in knobs.items():  # given, or edited into the file
+    for name, value in knobs.items():  # given or edited
         number, (low, high) = type(value) in (int, float), LIMITS.get(name, (0, 2**31))
-        if (number or name in LIMITS) and not (number and low <= value <= high):  # nan is not either
+        if (number or name in LIMITS) and not (number and low <= value <= high):  # nor nan
             fail(f'--{name}={value} must be between {low:g} and {high:g}')
         choices = re.findall(r"'([^']*)'", comments[name]) if "' | '" in comments[name] else [value]
         if value not in choices:
@@ -179,11 +179,11 @@ class World:
         return x.chunk(self.size)[self.rank] if self.size > 1 else x
 
     def draw(self, kind, *shape):
-        """This process's rows of the batch's random numbers. kind: torch.rand or torch.randn."""
+        """This process's rows of random numbers of the batch. kind: torch.rand or randn."""
         return self.share(kind(*shape, generator=self.generator, device=self.device))
 
     def gather(self, x):
-        """The tensor of the whole batch from every process's rows."""
+        """The whole batch's tensor from every process's rows."""
         if self.size == 1:
             return x
         whole = x.new_empty(self.size * len(x), *x.shape[1:])
@@ -270,7 +270,7 @@ class Run:
             fail(f'cannot write to {self.folder}: {error.strerror or "another run is writing to it"}')
 
     def restore(self, state):
-        """What a script keeps between steps, {name: tensor}, as given or as it was in the resumed run."""
+        """What a script keeps between steps, {name: tensor}, as given or from the resumed run."""
         old = self.resumed or state
         return {name: old[name].to(self.world.device) for name in state}
 
@@ -283,7 +283,7 @@ class Run:
             written = json.loads(config.read_text()) if config.exists() else None
         if written and 'script' not in written or self.folder.resolve() == Path.cwd():
             fail(f'{self.folder} is not the folder of a run, pass another --out_dir')
-        self.lock = FileLock(f'{self.folder.resolve()}.lock', timeout=0)  # two runs would ruin each other
+        self.lock = FileLock(f'{self.folder.resolve()}.lock', timeout=0)  # not two runs at once
         self.lock.acquire()
         if written and not self.resumed:
             older = (self.folder.with_name(f'{self.folder.name}.{n}') for n in itertools.count(1))
@@ -292,7 +292,7 @@ class Run:
         files = [open(self.folder / name, 'a', buffering=1, encoding='utf-8')
                  for name in ('metrics.jsonl', 'samples.txt')]
         for file, length in zip(files, self.resumed['written'] if self.resumed else (0, 0)):
-            file.truncate(file.seek(length))  # forget what was written after the checkpoint
+            file.truncate(file.seek(length))  # forget what came after the checkpoint
         self.metrics, self.samples = files
         now = {'script': self.knobs.script, 'knobs': self.knobs, 'commit': git_commit(),
                'torch': torch.__version__, 'processes': self.world.size, 'device': platform.machine()}
@@ -330,7 +330,7 @@ class Run:
             tqdm.write(text if sys.stdout.isatty() and not os.environ.get('NO_COLOR') else plain(text))
 
     def sample(self, text, right=None):
-        """Print coloured text, with a tick or a cross; keep it for samples.txt and wandb."""
+        """Print coloured text, with a tick or a cross, and keep it."""
         if right is not None:
             text += ' ' + (paint('✓', 'green') if right else paint('✗', 'red'))
         self.print(text)
@@ -339,7 +339,7 @@ class Run:
             self.shown += f'<tr><td>{as_html(text)}</td></tr>'
 
     def show(self, config, questions, thoughts, answers, right, names=None):
-        """Show three of the questions (n, S), thoughts (n, T) and answers (n,). names: of normal tokens."""
+        """Show three questions (n, S), thoughts (n, T) and answers (n,). names: of normal tokens."""
         end = [config.end_thought] if hasattr(config, 'end_thought') else []
         rows = zip(*(x[:3].tolist() for x in (questions, thoughts, answers, right)))
         for question, thought, answer, truth in rows:
@@ -364,14 +364,14 @@ class Run:
         return {'samples': need('wandb', '').Html(f'<table>{rows}</table>')} if rows else {}
 
     def report(self, step, **numbers):
-        """Log an evaluation, print it, and show its last two numbers behind the progress bar."""
+        """Log and print an evaluation; its last two numbers stand behind the progress bar."""
         self.log(step, **numbers)
         shown = {name: f'{value:.4g}' for name, value in numbers.items()}
         self.print(f'step {step}: ' + ', '.join(f'{name} {value}' for name, value in shown.items()))
         self.bar.set_postfix(dict(list(shown.items())[-2:]))
 
     def save(self, step, models, file='ckpt.pt', **state):
-        """Write a checkpoint of models and tensors by name, from which a run continues bit for bit."""
+        """Write a checkpoint of models and tensors by name, to continue from bit for bit."""
         if self.writes:
             checkpoint = {
                 'script': self.knobs.script, 'knobs': dict(self.knobs), 'step': step, 'best': self.best,
@@ -388,7 +388,7 @@ class Run:
             self.save(step, models, 'best.pt', **state)
 
     def finish(self, **result):
-        """The last line of stdout: one JSON object."""
+        """The last line: one JSON object."""
         changed = {k: v for k, v in self.knobs.changed.items() if k not in ('init_from', 'out_dir')}
         line = {'script': self.knobs.script, 'changed': changed, **result,
                 'seconds': round(self.seconds(), 2), 'peak_memory_mb': self.world.peak_memory_mb()}

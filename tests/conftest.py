@@ -1,4 +1,4 @@
-"""How the tests run the scripts: in a process of their own where that matters, in this one where it does not."""
+"""How the tests run the scripts: in a process of their own where that matters, else in this one."""
 import functools
 import gc
 import json
@@ -18,7 +18,7 @@ from model import GPT2, ModelConfig
 
 torch.set_num_threads(1)    # tiny models are faster so
 ROOT = Path(__file__).parent.parent
-TEXT = tempfile.TemporaryDirectory()     # data as prepare_data.py makes it: 40 words again and again, 14 characters
+TEXT = tempfile.TemporaryDirectory()    # data as prepare_data.py makes it: 40 words of 14 characters, looped
 TORCHRUN = sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'
 ALL = ['--n_head=2', '--d_model=16', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu']
 OF_TEXT = [*ALL, f'--data={TEXT.name}', '--n_layer=1', '--d_thought_vocab=5', '--warmup_steps=2']
@@ -49,10 +49,9 @@ def make_text(folder):
 make_text(TEXT.name)
 torch.manual_seed(0)
 JUDGE = GPT2(ModelConfig(d_vocab=14, block_size=16, n_layer=1, n_head=2, d_model=16))
-for name in ('model', 'other'):
-    rest = dict.fromkeys(('knobs', 'step', 'best', 'seconds', 'written', 'optimizers', 'generator'), {})
-    torch.save(rest | {'script': 'judge', 'models': {name: utils.pack(JUDGE)}},
-               f'{TEXT.name}/{"judge" if name == "model" else name}.pt')
+EMPTY = dict.fromkeys(('knobs', 'step', 'best', 'seconds', 'written', 'optimizers', 'generator'), {})
+for file, name in (('judge', 'model'), ('other', 'other')):
+    torch.save(EMPTY | {'script': 'judge', 'models': {name: utils.pack(JUDGE)}}, f'{TEXT.name}/{file}.pt')
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -65,14 +64,14 @@ def nothing_is_left_in_the_checkout():
 
 def start(script, *arguments, launcher=(sys.executable,), env=()):
     """Start a script with its tiny knobs and more; a running process."""
-    return subprocess.Popen([*launcher, ROOT / f'{script}.py', *TINY[script], *arguments], text=True, cwd=TEXT.name,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'NO_COLOR': '1', **dict(env)})
+    command = [*launcher, ROOT / f'{script}.py', *TINY[script], *arguments]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'NO_COLOR': '1', **dict(env)}
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
 
 
-def run(script, *arguments, **how):
+def run(script, *arguments, env=()):
     """Run a script with its tiny knobs and more to its end. Returns the JSON object of its last line."""
-    process = start(script, *arguments, **how)
+    process = start(script, *arguments, env=env)
     out, err = process.communicate(timeout=300)
     return result_of((process.returncode, out, err))
 
@@ -125,7 +124,8 @@ def metrics(folder):
 def names_of(monkeypatch, tmp_path):
     """The names of a script after it has run with more knobs, but trained and written nothing."""
     def names_of(name, *more):
-        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *TINY[name], '--eval_only=True', f'--out_dir={tmp_path}/e', *more])
+        always = '--eval_only=True', f'--out_dir={tmp_path}/e'
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *TINY[name], *always, *more])
         return runpy.run_path(str(ROOT / f'{name}.py'))
     return names_of
 

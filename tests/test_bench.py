@@ -22,9 +22,11 @@ def bench(tmp_path, monkeypatch):
 def test_the_exact_gradient_is_that_of_the_expected_reward(bench, reward):
     small = bench['Enumerated'](0, level=.4, M=3, L=3)
     pi = small.log_pi(small.question).exp().detach()
-    assert torch.allclose(pi.sum(1), torch.ones(9)) and .4 <= (pi * small.rewards['sparse']).sum(1).mean() < .8
+    assert torch.allclose(pi.sum(1), torch.ones(9))
+    assert .4 <= (pi * small.rewards['sparse']).sum(1).mean() < .8
     exact = small.exact(pi, reward) @ small.jacobian()
-    by_autograd = torch.autograd.grad(small.value(reward), list(small.model.parameters()), materialize_grads=True)
+    by_autograd = torch.autograd.grad(
+        small.value(reward), list(small.model.parameters()), materialize_grads=True)
     assert torch.allclose(exact, torch.cat([part.flatten() for part in by_autograd]), atol=1e-5)
 
 

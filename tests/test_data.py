@@ -92,7 +92,8 @@ def test_shakespeare_is_split_and_numbered_as_in_nanogpt(prepare, tmp_path, enco
 
 
 def test_documents_of_a_folder(prepare, tmp_path, encoding):
-    texts = {'a.txt': 'Ä first.\n\n', 'b.txt.xz': 'the 2nd', 'c/d.txt.gz': '\nthird ', 'e.txt.bz2': 31 * 'é'}
+    texts = {'a.txt': 'Ä first.\n\n', 'b.txt.xz': 'the 2nd', 'c/d.txt.gz': '\nthird ',
+             'e.txt.bz2': 31 * 'é'}
     (tmp_path / 'books/c').mkdir(parents=True)
     for open_as, (name, text) in zip((open, lzma.open, gzip.open, bz2.open), texts.items()):
         with open_as(tmp_path / 'books' / name, 'wt', encoding='utf-8-sig', newline='\r\n') as file:

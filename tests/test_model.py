@@ -13,7 +13,7 @@ import transformers
 import utils
 from model import (GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig, from_pretrained, make_model,
                    save_pretrained, unpack)
-from utils import attend_to_cache, attention, causal, pack, recorded, sample
+from utils import attend_to_cache, attention, pack, recorded, sample
 
 SMALL = dict(block_size=24, n_layer=2, n_head=4, d_model=32)
 POSITIONS = ['learned', 'rotary', 'relative']
@@ -24,9 +24,8 @@ DEVICES = ['cpu', pytest.param('cuda', marks=on_gpu)]
 def large_weights(model):
     """Far from the start, so that differences show: all weights and biases random, logits of a few units."""
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += .2 * torch.randn(p.shape, generator=generator)
+    for p in model.parameters():
+        p.data += .2 * torch.randn(p.shape, generator=generator)
     return model
 
 
@@ -71,15 +70,13 @@ def test_logits_equal_transformers_both_ways(tmp_path, tied):
 
 
 def test_what_is_no_gpt2_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match='no GPT-2 weights') as error:
-        from_pretrained(str(tmp_path / 'nothing'))
-    assert '\n' not in str(error.value)
     transformers.LlamaConfig(hidden_size=32).save_pretrained(tmp_path / 'llama')
-    with pytest.raises(ValueError, match='not a GPT-2 but a llama'):
-        from_pretrained(str(tmp_path / 'llama'))
     transformers.GPT2Config(activation_function='relu').save_pretrained(tmp_path / 'relu')
-    with pytest.raises(ValueError, match='activation_function'):
-        from_pretrained(str(tmp_path / 'relu'))
+    for folder, message in (('nothing', 'no GPT-2 weights'), ('llama', 'not a GPT-2 but a llama'),
+                            ('relu', 'activation_function')):
+        with pytest.raises(ValueError, match=message) as error:
+            from_pretrained(str(tmp_path / folder))
+        assert '\n' not in str(error.value)
     with pytest.raises(ValueError, match='learned positions'):
         save_pretrained(small_model(position_encoding='rotary'), tmp_path / 'nowhere')
 
@@ -112,27 +109,25 @@ def test_causality(length, kind):
     tokens = tokens_for(model, 2, length)
     changed = tokens.clone()
     changed[:, 3] = (changed[:, 3] + 1) % 50
-    before, after = model(tokens), model(changed)
-    torch.testing.assert_close(after[:, :3], before[:, :3])
-    assert ((after - before)[:, 3:8].abs().amax(dim=-1) > 1e-3).all()
+    difference = (model(changed) - model(tokens)).abs().amax(-1)        # (2, length)
+    assert difference[:, :3].max() < 1e-5 and difference[:, 3:8].min() > 1e-3
 
 
-@pytest.mark.parametrize('reserved', [True, False])
-def test_reading_in_parts_equals_reading_at_once(reserved):
+def test_reading_in_parts_equals_reading_at_once():
     model = small_model()
     tokens = tokens_for(model, 3, 16)
-    cache = KVCache(model.config, 3, 16) if reserved else KVCache()
-    parts = [model(part, cache) for part in tokens[:, :13].split([5, 1, 7], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens)[:, :13], atol=1e-5, rtol=1e-5)
-    if not reserved:
-        cache.select(torch.tensor([2, 0, 0]))
-        rest = model(tokens[[2, 0, 0], 13:], cache)
-        torch.testing.assert_close(rest, model(tokens)[[2, 0, 0], 13:], atol=1e-5, rtol=1e-5)
+    for cache in (KVCache(model.config, 3, 13), KVCache()):
+        parts = [model(part, cache) for part in tokens[:, :13].split([5, 1, 7], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens)[:, :13], atol=1e-5, rtol=1e-5)
+    rows = torch.tensor([2, 0, 0])
+    cache.select(rows)
+    rest = model(tokens[rows, 13:], cache)
+    torch.testing.assert_close(rest, model(tokens)[rows, 13:], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('kind', ['rotary', 'relative'])
 def test_positions_by_distance(kind):
-    """Shifted positions change nothing, other ones do; the cache keeps them; no table has an end."""
+    """Shifted positions change nothing, other ones do, and the cache keeps them."""
     model = small_model(position_encoding=kind, block_size=60)
     tokens, position = tokens_for(model, 3, 20), torch.arange(20)
     logits = model(tokens)
@@ -143,7 +138,6 @@ def test_positions_by_distance(kind):
     cache = KVCache(model.config, 3, 20)
     parts = [model(tokens[:, a:b], cache, mixed[a:b]) for a, b in ((0, 12), (12, 13), (13, 20))]
     torch.testing.assert_close(torch.cat(parts, 1), other, atol=1e-4, rtol=0)
-    assert not hasattr(model, 'wpe')
 
 
 def test_loss_in_chunks_is_the_loss(monkeypatch):
@@ -157,8 +151,6 @@ def test_loss_in_chunks_is_the_loss(monkeypatch):
         assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
         for ours, grad in zip(gradients(3 * loss, model), slow):
             torch.testing.assert_close(ours, grad, atol=1e-5, rtol=1e-4)
-    with torch.autocast('cpu', torch.bfloat16):
-        assert model.loss(tokens, targets).item() == pytest.approx(expected.item(), rel=.02)
 
 
 @pytest.mark.filterwarnings('ignore')      # torch.compile's own
@@ -182,7 +174,7 @@ def test_what_is_fused_is_one_graph():
 def test_thoughts_on_a_gpu_equal_uncached(kind, n_rows, G):
     model = small_thinker(block_size=200, position_encoding=kind, n_head=3, d_model=48).cuda()
     with torch.no_grad():
-        assert KVCache(model.config, n_rows, 2, 'cuda').fast
+        assert KVCache(model.config, n_rows, 2, torch.device('cuda')).fast
     prompt, noise = tokens_for(model, n_rows, 90).cuda(), torch.rand(G * n_rows, 60, device='cuda')
 
     def think(prompt, noise):
@@ -194,27 +186,22 @@ def test_thoughts_on_a_gpu_equal_uncached(kind, n_rows, G):
         assert torch.equal(fast, slow)
 
 
-def check_kernel(device='cpu'):
-    """attend_to_cache against attention; by Triton's interpreter on a CPU, see the next test."""
-    torch.manual_seed(0)
-    for d_head, n_head, n_rows in ((16, 3, 1), (32, 2, 3), (16, 6, 90)):
+def check_kernel():
+    """attend_to_cache against attention; by Triton's interpreter, see the next test."""
+    for d_head, n_head, n_rows in ((16, 3, 1), (32, 2, 3), (16, 6, 84)):       # up to 500 heads, and more
         config = ModelConfig(n_head=n_head, d_model=n_head * d_head, n_layer=1)
-        fast, slow = (KVCache(config, n_rows, 160, torch.device(device), torch.float32) for _ in range(2))
-        fast.fast = True        # else it does not count on the device
-        n = 140 if n_rows == 1 else 33
-        prompt = torch.randn(2, n_rows, n_head, n, d_head, device=device)
-        for cache in (fast, slow):
-            cache.append(0, *prompt)
-            cache.grow(n)
-        for _ in range(3):
-            qkv = torch.randn(n_rows, 1, 3 * n_head * d_head, device=device).split(n_head * d_head, dim=-1)
-            q, k, v = (x.view(n_rows, 1, n_head, d_head).transpose(1, 2) for x in qkv)
-            found, expected = attend_to_cache(0, q, k, v, fast), attention(q, *slow.append(0, k, v))
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-            for cache in (fast, slow):
-                cache.grow(1)
-        for mine, theirs in zip(fast.kv[0], slow.kv[0]):
-            assert torch.equal(mine[:, :, :fast.length], theirs[:, :, :fast.length])
+        caches = [KVCache(config, n_rows, 160, torch.device('cpu'), torch.float32) for _ in range(2)]
+        caches[0].fast = True       # else it does not count on the device
+        for n in (140 if n_rows == 1 else 33, 1, 1):
+            qkv = torch.randn(n_rows, n, 3 * config.d_model).chunk(3, dim=-1)
+            q, k, v = (x.view(n_rows, n, n_head, d_head).transpose(1, 2) for x in qkv)
+            if n == 1:
+                expected = attention(q, *caches[1].append(0, k, v))
+                attended = attend_to_cache(0, q, k, v, caches[0])
+                torch.testing.assert_close(attended, expected, atol=1e-5, rtol=0)
+            for cache in caches:
+                cache.append(0, k, v)
+                cache.grow(n)
 
 
 def why_not_interpreted():
@@ -223,22 +210,17 @@ def why_not_interpreted():
         triton, numpy = ([*map(int, metadata.version(name).split('.')[:2])] for name in ('triton', 'numpy'))
     except metadata.PackageNotFoundError:
         return 'needs Triton'
-    if triton < [3, 7] and numpy >= [2, 4]:
-        return "Triton's interpreter before 3.7 takes arrays of one number for integers; NumPy 2.4 does not"
-    return ''
+    outdated = triton < [3, 7] and numpy >= [2, 4]
+    return 'NumPy from 2.4 needs Triton from 3.7: arrays of one number are no integers' if outdated else ''
 
 
 @pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())
 def test_the_kernel_by_tritons_interpreter():
-    command = [sys.executable, '-c', 'from test_model import check_kernel; check_kernel()']
     folder = Path(__file__).parent
-    path = os.pathsep.join([str(folder), str(folder.parent), *sys.path])
-    subprocess.run(command, env=os.environ | {'TRITON_INTERPRET': '1', 'PYTHONPATH': path}, check=True)
-
-
-@on_gpu
-def test_the_kernel_on_a_gpu():
-    check_kernel('cuda')
+    paths = os.pathsep.join(map(str, [folder, folder.parent, *sys.path]))
+    env = {'TRITON_INTERPRET': '1', 'PYTHONPATH': paths}
+    command = [sys.executable, '-c', 'from test_model import check_kernel; check_kernel()']
+    subprocess.run(command, env=os.environ | env, check=True)
 
 
 # ---- generation and thoughts
@@ -282,28 +264,6 @@ def test_rollouts_for_learning_equal_reading_what_was_written(device, fixed, n_t
     torch.testing.assert_close(rollouts.log_probs, both[0], atol=1e-5, rtol=1e-4)
 
 
-def test_generation_ends_early_when_all_rows_have(monkeypatch):
-    model = small_thinker()
-    calls, hidden = [], model.hidden
-    monkeypatch.setattr(model, 'hidden', lambda *a: calls.append(a[0].shape) or hidden(*a))
-    monkeypatch.setattr('model.sample', lambda logits, noise: torch.full_like(noise, 6, dtype=torch.long))
-    thoughts = model.think(tokens_for(model, 4, 3), 15, fixed=False).tokens
-    assert calls == [(4, 3)]    # the question, and nothing after it
-    assert torch.equal(thoughts, torch.full((4, 15), model.config.end_thought))
-
-
-def test_mixtures_of_tokens_are_tokens_at_their_corners_and_have_gradients():
-    model = small_thinker(input_kind='thought', tie_weights=False, output_kind='normal')
-    tokens = tokens_for(model, 4, 5)
-    soft = F.one_hot(tokens - 20, 7).float().requires_grad_()
-    torch.testing.assert_close(model(soft), model(tokens))
-    model(soft)[:, -1, 0].sum().backward()
-    more = soft.detach().clone()
-    more[2, 3, 1] += .01        # a little more of a token
-    change = (model(more) - model(soft))[2, -1, 0].item() / .01
-    assert change == pytest.approx(soft.grad[2, 3, 1].item(), rel=.1, abs=1e-3)
-
-
 @pytest.mark.parametrize('fixed', [True, False])
 def test_numbers_spell_thoughts(fixed):
     model = small_thinker()
@@ -319,14 +279,12 @@ def test_answers_of_mixed_lengths_equal_one_at_a_time():
     model = small_thinker()
     question, end = tokens_for(model, 30, 3), model.config.end_thought
     thoughts = model.think(question, 5, fixed=False).tokens
-    together = model.answer(thoughts, question)
-    assert together.shape == (30, 20)
-    for row in range(30):
-        own = thoughts[row][thoughts[row] != end]
-        sequence = torch.cat([question[row], own, torch.tensor([end])])
-        torch.testing.assert_close(together[row], model(sequence[None])[0, -1, :20], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model.answer(thoughts[:, :0], question),     # no thoughts at all
-                               model(F.pad(question, (0, 1), value=end))[:, -1, :20])
+    for given in (thoughts, thoughts[:, :0]):
+        together = model.answer(given, question)
+        for row in range(30):
+            own = given[row][given[row] != end]
+            sequence = torch.cat([question[row], own, torch.tensor([end])])
+            torch.testing.assert_close(together[row], model(sequence[None])[0, -1, :20], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('kind', POSITIONS)
@@ -354,37 +312,25 @@ def test_thinking_and_answering_in_one_pass_equals_token_by_token(kind, fixed):
     assert fixed or (thoughts == 26).any()
 
 
-def test_split_policies_have_only_the_vocabularies_they_need():
-    thinking = small_thinker(output_kind='thought', tie_weights=False)
-    answering = small_thinker(input_kind='thought', output_kind='normal', tie_weights=False)
-    sizes = [(len(model.wte.weight), len(model.lm_head.weight)) for model in (thinking, answering)]
-    assert sizes == [(27, 7), (7, 20)]
-    with pytest.raises(ValueError, match='not among those'):
-        thinking.generate(tokens_for(thinking, 1, 2), 1, among=range(0, 20))
-    with pytest.raises(IndexError):
-        answering(torch.tensor([[3]]))      # blind: it has no embedding of a normal token
-
-
 # ---- growing, checkpoints, bad shapes
 
 @pytest.mark.parametrize('tied', [True, False])
 def test_growing_leaves_the_old_logits(tied):
     model = small_model(tie_weights=tied)
     grown = GPT2Thinking.from_normal(model, 5, block_size=30)
-    tokens = tokens_for(model, 4, 12)
+    tokens = tokens_for(model, 4, 24)
     assert grown.config.d_vocab_total == 56 and grown.config.end_thought == 55
     torch.testing.assert_close(grown(tokens)[..., :50], model(tokens), atol=1e-5, rtol=0)
     assert (grown.lm_head.weight is grown.wte.weight) == tied
     assert len(grown.wte.weight[50:].unique(dim=0)) == 6
-    grown.think(tokens_for(model, 2, 24), 3)        # longer than the old one could read
+    grown.think(tokens, 3)      # longer than the old one could read
 
 
 def test_models_in_checkpoints():
-    for model in (small_model(), small_thinker(input_kind='thought', tie_weights=False)):
+    for model in (small_model(), small_thinker()):
         again = unpack(pack(model))
         assert again.config == model.config and type(again) is type(model)
-        for name, p in model.state_dict().items():
-            assert torch.equal(p, again.state_dict()[name])
+        assert all(torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters(), strict=True))
     checkpoint = {'models': {'model': pack(small_model())}}
     with pytest.raises(ValueError, match='n_layer=2, not 3'):
         make_model(ModelConfig(d_vocab=50, **{**SMALL, 'n_layer': 3}), checkpoint)
@@ -395,22 +341,25 @@ def test_models_in_checkpoints():
         make_model(small_model().config, checkpoint)
 
 
-@pytest.mark.parametrize('make, bad, message', [
-    (small_model, {'n_head': 3}, 'n_head=3 does not divide'), (small_model, {'n_layer': 0}, 'n_layer=0'),
-    (small_model, {'d_model': -8}, 'd_model=-8'), (small_model, {'init': 'zero'}, 'init'),
-    (small_model, {'init': 'unit'}, 'tie_weights'), (small_thinker, {'output_kind': 'thought'}, 'reads and'),
-    (small_model, {'position_encoding': 'none'}, 'must be one of learned, rotary, relative'),
-    (small_model, {'position_encoding': 'rotary', 'd_model': 12}, 'must be even'),
-    (small_thinker, {'input_kind': 'thoughts'}, 'must be one of all, normal, thought'),
-    (small_thinker, {'d_thought_vocab': 0}, 'at least 1')])
-def test_bad_shapes(make, bad, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize('make, bad', [
+    (small_model, {'n_head': 3}), (small_model, {'n_layer': 0}), (small_model, {'d_model': -8}),
+    (small_model, {'init': 'zero'}), (small_model, {'init': 'unit'}), (small_thinker, {'input_kind': 'no'}),
+    (small_model, {'position_encoding': 'no'}), (small_model, {'d_model': 12, 'position_encoding': 'rotary'}),
+    (small_thinker, {'d_thought_vocab': 0}), (small_thinker, {'tie_weights': True, 'output_kind': 'normal'})])
+def test_bad_shapes_are_named(make, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
         make(**bad)
 
 
-def test_too_long_a_sequence():
+def test_what_a_model_cannot_read_or_write():
     with pytest.raises(ValueError, match='25 tokens are more than block_size=24'):
         small_model()(torch.zeros(1, 25, dtype=torch.long))
+    blind = small_thinker(input_kind='thought', output_kind='normal', tie_weights=False)
+    assert (len(blind.wte.weight), len(blind.lm_head.weight)) == (7, 20)
+    with pytest.raises(IndexError):
+        blind(torch.tensor([[3]]))
+    with pytest.raises(ValueError, match='not among those'):
+        blind.think(tokens_for(blind, 1, 2), 1)
 
 
 # ---- thoughts at every position of text at once

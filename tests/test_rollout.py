@@ -57,7 +57,8 @@ def test_writing_and_reading_by_the_rules(fixed, think_len, script):
     text = torch.randint(14, (20, 4))
     forced = model.write(prefix, 4, think_len, text=text, **how)
     swapped = model.write(prefix, 4, think_len, thoughts=torch.full(noise.shape, 15), **how)
-    assert torch.equal(forced[forced < 14].view(20, 4), text) and not {14, 16, 17, 18} & {*swapped.flatten().tolist()}
+    assert torch.equal(forced[forced < 14].view(20, 4), text)
+    assert not {14, 16, 17, 18} & {*swapped.flatten().tolist()}
 
 
 @pytest.mark.parametrize('thoughts', [[], [18, 16]])
@@ -118,7 +119,8 @@ def test_a_llama_with_tokens_of_its_own_judges(script, tmp_path):
     theirs = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, pairs))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=theirs, bos_token='<s>')
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(pieces), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
+        vocab_size=len(pieces), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2))
     for part in (tokenizer, llama):
         part.save_pretrained(tmp_path / 'llama')
     names = script(f'--reference={tmp_path}/llama')
@@ -170,11 +172,13 @@ def test_every_knob_of_rollouts_does_something(run_here, tmp_path):
         result_of(run_here(SCRIPT, f'--out_dir={tmp_path}/a', '--max_steps=3', *more))
         return metrics(tmp_path / 'a')
     usual = log()
-    for knob in ('prefix_len=4', 'text_len=5', 'batch_size=2', 'group_size=3', 'learning_rate=1e-2', 'clip=.01',
-                 'warmup_steps=9', 'd_thought_vocab=4', 'think_len=2', 'fixed=True', 'advantage=grpo', 'gamma=0',
-                 'kl_weight=1', 'entropy_weight=0', 'supervised_weight=1', 'temperature=2', 'seed=1'):
+    for knob in ('prefix_len=4', 'text_len=5', 'batch_size=2', 'group_size=3', 'learning_rate=1e-2',
+                 'clip=.01', 'warmup_steps=9', 'd_thought_vocab=4', 'think_len=2', 'fixed=True',
+                 'advantage=grpo', 'gamma=0', 'kl_weight=1', 'entropy_weight=0', 'supervised_weight=1',
+                 'temperature=2', 'seed=1'):
         assert log(f'--{knob}') != usual, knob
-    for way, knob in ((['--text_len=11', '--temperature=.1'], '--repeat_cost=9'), (['--advantage=softmax'], '--tau=.1'),
+    for way, knob in ((['--text_len=11', '--temperature=.1'], '--repeat_cost=9'),
+                      (['--advantage=softmax'], '--tau=.1'),
                       (['--learning_rate=1e-2'], '--weight_decay=.5')):
         assert log(*way, knob) != log(*way), knob
     assert log('--format_weight=.7', '--micro_batch=3', '--levels=9') == usual      # for problems
@@ -185,7 +189,8 @@ def test_values_in_the_file_count_as_given_ones(run_here, tmp_path, monkeypatch)
     for name, value in (('gamma', '.3'), ('think_len', '2'), ('advantage', "'grpo'")):
         source = re.sub(rf'(?m)^{name} = \S+', f'{name} = {value}', source)
     (tmp_path / f'{SCRIPT}.py').write_text(source)
-    result_of(run_here(SCRIPT, f'--out_dir={tmp_path}/given', '--gamma=.3', '--think_len=2', '--advantage=grpo'))
+    knobs = ['--gamma=.3', '--think_len=2', '--advantage=grpo']
+    result_of(run_here(SCRIPT, f'--out_dir={tmp_path}/given', *knobs))
     monkeypatch.setattr('conftest.ROOT', tmp_path)
     result_of(run_here(SCRIPT, f'--out_dir={tmp_path}/edited'))
     assert metrics(tmp_path / 'edited') == metrics(tmp_path / 'given')
@@ -222,8 +227,8 @@ def solver(tmp_path_factory):
     torch.manual_seed(0)
     for part in (transformers.PreTrainedTokenizerFast(tokenizer_object=theirs, eos_token='<end>'),
                  transformers.LlamaForCausalLM(transformers.LlamaConfig(
-                     vocab_size=7, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                     bos_token_id=None, eos_token_id=0, initializer_range=.1))):
+                     vocab_size=7, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                     num_attention_heads=2, bos_token_id=None, eos_token_id=0, initializer_range=.1))):
         part.save_pretrained(folder / 'llama')
     for part, n in (('train', 30), ('val', 12)):
         rows = ({'question': '0' * (i % 5) + '1?', 'answer': '2', 'level': 1 + i % 3} for i in range(n))
@@ -290,7 +295,8 @@ def test_problems_resume_bit_for_bit(of_math, run_here, tmp_path, monkeypatch):
     result_of(run_here(SCRIPT, f'--out_dir={tmp_path}/whole'))
     interrupt(4, run_here, SCRIPT, f'--out_dir={tmp_path}/broken')
     result_of(run_here(SCRIPT, f'--out_dir={tmp_path}/broken', '--init_from=resume'))
-    assert metrics(tmp_path / 'broken') == metrics(tmp_path / 'whole') and len(metrics(tmp_path / 'whole')) == 9
+    assert metrics(tmp_path / 'broken') == metrics(tmp_path / 'whole')
+    assert len(metrics(tmp_path / 'whole')) == 9
     assert_close(weights(tmp_path / 'broken'), weights(tmp_path / 'whole'), atol=0, rtol=0)
     refused(run_here, 'has no model for --reward=math', f'--init_from={TEXT.name}/judge.pt')
     monkeypatch.undo()
@@ -310,7 +316,8 @@ def test_two_processes_solve_as_one(of_math, run_here, tmp_path):
 
 
 def test_problems_of_math_and_gsm8k_are_read(of_math, script, run_here, tmp_path):
-    hard = {'problem': 'Find $x$.', 'level': 'Level 4', 'solution': 'It is $\\boxed{0}$, no, \\boxed{\\frac{1}{2}}.'}
+    hard = {'problem': 'Find $x$.', 'level': 'Level 4',
+            'solution': 'It is $\\boxed{0}$, no, \\boxed{\\frac{1}{2}}.'}
     for row, expected in ((hard, ['Find $x$.', '\\frac{1}{2}', '4']),
                           ({'question': '?', 'answer': '<<9+9=18>>18\n#### 1,018'}, ['?', '1,018', '']),
                           ({'question': '?', 'answer': 7, 'level': 2}, ['?', '7', '2'])):
@@ -325,22 +332,28 @@ def test_problems_of_math_and_gsm8k_are_read(of_math, script, run_here, tmp_path
                           ('', 'no two problems of levels=7; its levels are 4')):
         (tmp_path / 'bad.jsonl').write_text(f'{json.dumps(hard)}\n\n{line}\n')
         refused(run_here, message, f'--data={tmp_path}/bad.jsonl', '--levels=7')
-    for knob, message in (('data=nowhere', 'no problems in nowhere'), ('init_from=scratch', 'a pretrained model'),
-                          ('text_len=3000', 'reads 2048 tokens'), (f'init_from={tmp_path}/no', 'no model of')):
+    for knob, message in (('data=nowhere', 'no problems in nowhere'),
+                          ('init_from=scratch', 'a pretrained model'),
+                          ('text_len=3000', 'reads 2048 tokens'),
+                          (f'init_from={tmp_path}/no', 'no model of')):
         refused(run_here, message, f'--{knob}')
 
 
 def test_answers_are_compared_as_numbers():
     value = utils.value
-    for text in ('18', '18.0', '$18', ' 18. ', '+18', '36/2', r'\frac{36}{2}', r'\dfrac{36}{2}', r'18\%', r'\text{18}'):
+    for text in ('18', '18.0', '$18', ' 18. ', '+18', '36/2', r'\frac{36}{2}', r'\dfrac{36}{2}', r'18\%',
+                 r'\text{18}'):
         assert value(text) == 18, text
-    assert value('1,234,567.5') == Fraction(2469135, 2) and value('-.5') == value(r'-\frac{1}{2}') == Fraction(-1, 2)
+    assert value('1,234,567.5') == Fraction(2469135, 2)
+    assert value('-.5') == value(r'-\frac{1}{2}') == Fraction(-1, 2)
     assert value('(1,2)') == value(r'\left( 1, 2 \right)') != value('(12)')
-    assert value(r'2\frac{1}{2}') != Fraction(21, 2) and value('1/0') == '1/0' and value('1e999999999') == '1e999999999'
+    assert value(r'2\frac{1}{2}') != Fraction(21, 2)
+    assert value('1/0') == '1/0' and value('1e999999999') == '1e999999999'
     for right, formed, texts in (
             (1, 1, (r'So \boxed{18}.', r'\boxed{\frac{36}{2}}')), (0, 1, (r'\boxed{17} 18',)),
             (0, 0, ('', '18 or 1,800', 'no, -18')),
-            (1, 0, (r'\boxed{1} or \boxed{ 18 }', '12 + 6 = 18', r'\boxed{18', '20-2=18,', 'It is 18, yes.', '18-18'))):
+            (1, 0, (r'\boxed{1} or \boxed{ 18 }', '12 + 6 = 18', r'\boxed{18', '20-2=18,', 'It is 18, yes.',
+                    '18-18'))):
         for text in texts:
             assert utils.grade(text, '18') == (right, formed), text
 

@@ -18,10 +18,8 @@ from conftest import ROOT, TEXT, TINY, TORCHRUN, interrupt, metrics, result_of, 
 
 import utils
 from model import unpack
-from utils import addition_questions
 
 SCRIPTS = list(TINY)
-TWO_POLICIES = ['add_think_blind', 'autoencoder_think']
 # what the best checkpoint is best in; an arbitrary code has nothing that could be held out
 SCORE = {script: 'heldout_accuracy' if script.startswith('add') else 'accuracy' for script in SCRIPTS}
 SCORE['supervised_rollout_think'] = SCORE['rollout_think'] = 'val_loss'
@@ -146,18 +144,12 @@ def test_the_folder_is_named_after_what_was_changed(run_here, train, tmp_path, m
     assert result['steps'] == 8 and result['changed']['input_max'] == 7
 
 
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_help_prints_the_knobs(script, run_here):
-    code, out, _ = run_here(script, '--help')
-    assert code == 0 and '\nbatch_size = ' in out and f'python {script}.py' in out
-
-
-@pytest.mark.parametrize('more', ['', '--search=False --advantage=grpo',
-                                  '--search=False --advantage=rloo --fixed=False'])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('more', ['', '--search=False --advantage=grpo --fixed=False'])
 def test_a_step_as_a_graph_is_the_step(more, train, tmp_path):
     """Rollouts that are alike are not read once then: the same up to the last digits."""
     for compiled in (False, True):
-        train('add_think_blind', f'--compile={compiled} {more}', str(compiled))
+        train('add_think_blind', f'--device=cuda --compile={compiled} {more}', str(compiled))
     slow, fast = ([line['thinking_loss'] for line in metrics(tmp_path / name) if 'thinking_loss' in line]
                   for name in ('False', 'True'))
     assert len(slow) == 6 and slow == pytest.approx(fast, abs=1e-4)
@@ -189,41 +181,34 @@ def test_the_progress_bar_is_closed_when_training_ends_early(train, monkeypatch)
 
 # ---- pictures
 
-def test_the_picture_shows_who_calls_what_how(train, run_here, tmp_path, monkeypatch):
+def test_the_picture_shows_who_calls_what_how(train, tmp_path, monkeypatch):
     go, drawn = pytest.importorskip('plotly.graph_objects'), []
-
-    def write(self, *arguments, write_html=go.Figure.write_html, **how):
-        drawn.append(self)
-        write_html(self, *arguments, **how)
-    monkeypatch.setattr(go.Figure, 'write_html', write)
+    monkeypatch.setattr(
+        go.Figure, 'write_html', lambda figure, path, **how: drawn.append(figure) or path.touch())
     train('add_think_blind', '--think_len=2 --plot=True')
-    counts = torch.as_tensor(drawn[0].data[0].z)                # questions per answer and code
-    assert counts.shape == (7, len(drawn[0].data[0].x)) and counts.sum(1).tolist() == [7] * 7
-    assert (counts.sum(0) > 0).all()
-    assert [line['bits'] for line in metrics(tmp_path / 'a') if 'bits' in line] == list(drawn[0].data[2].y)
-    # codes of every length: none, one or two thoughts
-    knobs = '--fixed=False --think_len=2 --d_thought_vocab=1 --plot=True --out_dir=b'
-    code, out, _ = run_here('add_think_blind', *knobs.split())
-    assert code == 0 and '3 codes cannot name 7 answers' in out
-    assert set(drawn[1].data[0].x) <= {'', '0', '0 0'}
+    heat, _, bits = drawn[0].data
+    counts = torch.as_tensor(heat.z)            # questions per answer and code
+    assert counts.shape == (7, len(heat.x)) and counts.sum(1).tolist() == [7] * 7 and counts.sum(0).all()
+    assert [line['bits'] for line in metrics(tmp_path / 'a') if 'bits' in line] == list(bits.y)
+    train('add_think_blind', '--fixed=False --think_len=2 --d_thought_vocab=1 --plot=True')
+    assert set(drawn[1].data[0].x) <= {'', '0', '0 0'}      # none, one or two thoughts
 
 
-@pytest.mark.parametrize('script, file, titles', [
-    ('add_think_blind', 'language.html', ['The invented language']),
-    ('autoencoder_think', 'growth.html', ['accuracy', 'codes', 'bits written', 'bits']),
-    ('add_think', 'meaning.html', ['What a thought means'])])
-def test_pictures_stand_alone(script, file, titles, train, tmp_path):
+def test_pictures_stand_alone(train, tmp_path):
     pytest.importorskip('plotly')
-    train(script, '--plot=True')
-    page = (tmp_path / 'a' / file).read_text()
-    assert all(title in page for title in titles) and 'script src=' not in page
+    for script, file, titles in (('add_think_blind', 'language.html', ['The invented language']),
+                                 ('autoencoder_think', 'growth.html', ['accuracy', 'codes', 'bits written']),
+                                 ('add_think', 'meaning.html', ['What a thought means'])):
+        train(script, '--plot=True')
+        page = (tmp_path / 'a' / file).read_text()
+        assert all(title in page for title in titles) and 'script src=' not in page
 
 
 # ---- do they learn?
 
-SIXTEEN = ('--input_max=16 --d_thought_vocab=4 --think_len=2 --d_model=32 --n_head=4 --max_steps=400 '
-           '--eval_every=400 --batch_size=128 --learning_rate=5e-3 --learning_rate_answer=5e-3 --weight_decay=1 '
-           '--heldout=.1 ')
+SIXTEEN = ('--input_max=16 --heldout=.1 --d_thought_vocab=4 --think_len=2 --d_model=32 --n_head=4 '
+           '--max_steps=400 --eval_every=400 --batch_size=128 --weight_decay=1 --learning_rate=5e-3 '
+           '--learning_rate_answer=5e-3 ')
 
 
 def test_blind_policies_invent_a_language(train):
@@ -262,24 +247,13 @@ def test_super_teaches_the_digits(order, train):
 
 
 def test_clean_pays_for_the_right_thoughts_only(train):
-    """Nobody teaches the answering policy; the thinking policy learns digits as it is paid for them by hand."""
-    train('add_think_blind', SIXTEEN + '--clean=True --search=False --advantage=raw --frozen=answering --n_adds=1 '
-          '--epsilon=1 --learning_rate=1e-3 --batch_size=16 --group_size=64 --max_steps=200')
+    """Nobody teaches the answering policy; the thinking policy learns digits, as it is paid for them."""
+    train('add_think_blind', SIXTEEN + '--clean=True --search=False --advantage=raw --frozen=answering '
+          '--n_adds=1 --epsilon=1 --learning_rate=1e-3 --batch_size=16 --group_size=64 --max_steps=200')
     assert written_digits('msb') >= 13
 
 
-def test_bits_and_accuracy_are_those_of_the_checkpoint(train):
-    result = train('add_think_blind', '--n_adds=3 --max_steps=100 --think_len=2 --d_thought_vocab=4 '
-                   '--weight_decay=.1 --input_max=4 --seed=1')
-    thinking, answering = policies()
-    question = addition_questions(0, 4, .2, 1, n_adds=3)[1]
-    answer, logits = question.sum(1) % 4, answering.answer(thinking.think(question, 2, temperature=0).tokens)
-    assert result['heldout_accuracy'] == pytest.approx((logits.argmax(1) == answer).float().mean().item())
-    bits = 2 - F.cross_entropy(logits, answer).item() / math.log(2)
-    assert result['bits'] == pytest.approx(max(0, bits), abs=1e-5)
-
-
-@pytest.mark.parametrize('script', TWO_POLICIES)
+@pytest.mark.parametrize('script', ['add_think_blind', 'autoencoder_think'])
 def test_a_frozen_policy_stays_as_it_was(script, train):
     train(script)
     before = policies()
@@ -307,10 +281,6 @@ def test_fewer_codes_than_answers_warn_and_are_learned(script, knobs, warning, l
     assert code == 0 and warning in out and low <= json.loads(out.splitlines()[-1])['accuracy'] <= high
 
 
-def test_divergence_ends_in_one_line(refuse):
-    refuse('add_normal', '--learning_rate=1e9 --max_steps=100', 'diverged')
-
-
 @pytest.mark.parametrize('script, always, changes', [       # each change must lead elsewhere
     ('add_think_blind', '--search=False', 'epsilon=.5 entropy_weight=1 group_size=3 tau=1 weight_decay=0 '
      'supervised_weight=1 advantage=grpo advantage=softmax_quantile advantage=quantile_batch heldout=.5'),
@@ -335,13 +305,6 @@ def test_every_knob_does_something(script, always, changes, train):
     assert torch.equal(state(), seen['nothing'])
     for a, b in itertools.combinations(seen, 2):
         assert seen[a].shape != seen[b].shape or not torch.equal(seen[a], seen[b]), (a, b)
-
-
-def test_a_bonus_for_entropy_keeps_it(train, tmp_path):
-    for weight in (0, 5):
-        train('add_think_blind', f'--search=False --entropy_weight={weight}', str(weight))
-    sure, unsure = (metrics(tmp_path / name)[-2]['entropy'] for name in '05')
-    assert sure < unsure
 
 
 # ---- a code from nothing
@@ -374,14 +337,13 @@ def test_no_code_has_two_owners(n_inputs, n_tokens, batch, train):
 def test_dealing_equals_the_obvious_way(names_of):
     one_to_one = names_of('autoencoder_think')['one_to_one']
     for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        scores = torch.randn(7, 7 + seed % 3 * 4, generator=generator)
-        left, expected = scores.clone(), [None] * 7
-        while None in expected:
+        scores = torch.randn(7, 7 + seed % 3 * 4, generator=torch.Generator().manual_seed(seed))
+        left, expected = scores.clone(), {}
+        while len(expected) < 7:
             row, column = divmod(left.argmax().item(), left.shape[1])
             expected[row] = column
             left[row], left[:, column] = -torch.inf, -torch.inf
-        assert one_to_one(scores).tolist() == expected
+        assert dict(enumerate(one_to_one(scores).tolist())) == expected
     for tied in (torch.zeros(5, 5), torch.zeros(5, 9), torch.randn(5, 1).expand(5, 5)):
         assert len(one_to_one(tied).unique()) == 5
 
@@ -475,9 +437,9 @@ def edited(tmp_path):
 
 
 def test_any_expression_is_fine_in_the_file(edited, run_here, tmp_path):
-    path = edited('add_normal', batch_size='4 * 4', max_steps='int(6)', device="'c' + 'pu'", input_max='3 + 4')
-    assert result_of(run_here(path))['steps'] == 6
-    knobs = json.loads((tmp_path / 'out/add_normal/default/config.json').read_text())['knobs']
+    path = edited('add_normal', batch_size='4 * 4', max_steps='int(6)', input_max='3 + 4')
+    assert result_of(run_here(path, '--device=cpu'))['steps'] == 6
+    knobs = json.loads((tmp_path / 'out/add_normal/device=cpu/config.json').read_text())['knobs']
     assert knobs['batch_size'] == 16 and knobs['input_max'] == 7
 
 
@@ -529,7 +491,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(script, more, train, run_h
     for _ in range(2):      # resuming what is finished changes nothing
         train(script, f'{more} --init_from=resume', 'broken')
         assert_same_runs(tmp_path / 'broken', tmp_path / 'whole')
-    assert len(json.loads((tmp_path / 'broken/config.json').read_text())['resumed']) == 4
 
 
 def test_killed_and_resumed_at_full_size_with_two_threads(tmp_path):
@@ -573,12 +534,14 @@ SEVERAL_RUNS = """
 import functools, json, os, runpy, sys
 import torch.distributed as dist
 
-address, port, rank, size = (os.environ[name] for name in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', 'WORLD_SIZE'))
-store, begin = dist.TCPStore(address, int(port), is_master=False), dist.init_process_group
+def number(name):
+    return int(os.environ[name])
+
+store, begin = dist.TCPStore('localhost', number('MASTER_PORT'), is_master=False), dist.init_process_group
 for i, sys.argv in enumerate(json.loads(sys.argv[1])):
-    if i:       # a second group must not find what the first has left in the store
-        dist.init_process_group = functools.partial(begin, store=dist.PrefixStore(str(i), store), rank=int(rank),
-                                                    world_size=int(size))
+    if i:       # where the next group meets, nothing must be left of the first
+        dist.init_process_group = functools.partial(begin, store=dist.PrefixStore(str(i), store),
+                                                    rank=number('RANK'), world_size=number('WORLD_SIZE'))
     runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
@@ -614,63 +577,56 @@ BAD = {
         '--eval_only': 'not of the form --name=value', '--eval_only=yes': 'must be True or False',
         '--max_steps=many': 'must be an integer', '--max_steps=2.5': 'must be an integer',
         '--max_steps=0': 'must be between 1', '--batch_size=0': 'must be between 1',
-        '--learning_rate=nan': 'must be between 0', '--learning_rate=inf': 'must be between 0',
-        '--learning_rate=-1': 'must be between 0', '--learning_rate=fast': 'must be a number',
-        '--seed=99999999999999999999': 'must be between 0', '--n_head=3': 'n_head=3 does not divide',
-        '--device=tpu9': '--device=tpu9 must be auto', '--device=meta': '--device=meta must be auto',
-        '--device=cuda:77': '--device=cuda:77 is not available', '--d_model=1048576': 'memory',
-        '--dtype=float8': 'must be one of float32, bfloat16', '--init_from=resume': 'nothing to resume',
-        '--wandb_mode=on': 'must be one of disabled', '--init_from=nowhere.pt': 'no checkpoint to start'},
+        '--learning_rate=nan': 'must be between 0', '--learning_rate=-1': 'must be between 0',
+        '--learning_rate=fast': 'must be a number', '--seed=99999999999999999999': 'must be between 0',
+        '--n_head=3': 'n_head=3 does not divide', '--d_model=1048576': 'memory',
+        '--device=tpu9': '--device=tpu9 must be', '--device=meta': '--device=meta must be',
+        '--device=cuda:77': '--device=cuda:77 is not', '--dtype=float8': 'must be one of float32, bfloat16',
+        '--init_from=resume': 'nothing to resume', '--init_from=nowhere.pt': 'no checkpoint to start from'},
     'add_normal': {
         '--encoding=roman': 'must be one of int, digits', '--input_min=6': 'leaves no two numbers',
         '--heldout=1': 'must be between 0'},
     'add_think_blind': {
-        '--think_len=40': '2^17 codes', '--think_len=4000': '2^17 codes', '--think_len=0': 'must be',
-        '--n_adds=40': 'too many to number', '--n_adds=0': 'must be between 1', '--tau=0': 'must be between',
-        '--epsilon=1.5': 'must be between 0', '--advantage=ppo': 'must be one of balanced, softmax, best',
+        '--think_len=40': '2^17 codes', '--think_len=0': '--think_len=0', '--n_adds=40': 'too many to number',
+        '--advantage=ppo': 'must be one of balanced, softmax, best', '--epsilon=1.5': 'must be between 0',
         '--advantage=grpo': 'need rollouts: --search=False', '--epsilon=.1': 'need rollouts: --search=False',
-        '--compile=True --search=False': 'steps that are alike', '--fuse=True': 'needs --compile=True',
+        '--compile=True --search=False': 'steps that are alike',
         '--search=False --advantage=rloo --group_size=1': 'must be at least 2',
         '--supervised_weight=1 --d_thought_vocab=6': 'make no digits',
         '--super=True --d_thought_vocab=6': 'make no digits',
         '--clean=True --d_thought_vocab=6': 'make no digits',
-        '--split=False --frozen=thinking': 'needs --split=True'},
+        '--split=False --frozen=thinking': '--split=True'},
     'add_think': {
-        '--input_max=4': 'products need a prime', '--k=0': 'must be between 1', '--task=maze': 'must be one of',
-        '--group_size=1': 'must be at least 2', '--fixed=False --thoughts=filler': 'have no end to choose',
-        '--baseline=batch --advantage=grpo': 'advantage=grpo needs --baseline=group',
+        '--input_max=4': 'products need a prime', '--group_size=1': 'must be at least 2',
         '--task=sort': 'different numbers needs as many', '--task=s5 --n_letters=121': 'there are 120',
-        '--task=sort --input_max=20 --k=11': 'has no number 11', '--think_len=-1': 'must be between 0',
+        '--task=sort --input_max=20 --k=11': 'has no number 11', '--task=maze': 'must be one of add, plus',
+        '--fixed=False --thoughts=filler': 'have no end to choose',
+        '--baseline=batch --advantage=grpo': 'advantage=grpo needs --baseline=group',
         '--thoughts=chain --d_thought_vocab=2': 'needs --d_thought_vocab=3',
         '--position_encoding=rotary --d_model=6': 'must be even',
         '--heldout=.0005 --k=1 --eval_only=True': 'leaves no questions'},
     'autoencoder_think': {
-        '--method=ppo': 'must be one of match, sinkhorn', '--think_len=40': 'at most 2^24 codes',
-        '--input_max=2147483647': 'at most 2^24 codes', '--inner_steps=0': 'must be between 1',
-        '--input_max=99999 --batch_size=65536': 'a smaller --batch_size', '--init=zero': 'must be one of',
+        '--method=ppo': 'must be one of match, sinkhorn', '--think_len=40': '2^24 codes',
+        '--input_max=99999 --batch_size=65536': 'a smaller --batch_size', '--input_max=2147483647': '2^24',
         '--method=sinkhorn --think_len=14 --input_max=99': 'over 2^26: --method=match',
         '--method=reinforce --group_size=1': 'must be at least 2'},
     'supervised_rollout_think': {
         '--data=nowhere': 'no data in nowhere, see python prepare_data.py', '--group_size=1': 'at least 2',
-        '--fixed=False --thought_kind=continuous': 'have no end', '--micro_batch=3': 'does not divide the 8',
-        '--thought_kind=continuous --think_len=2 --at_once=2 --d_thought_vocab=6': 'at a time: --at_once=1',
         '--text_len=900': 'a smaller --text', '--at_once=2': 'must divide think_len=1',
-        '--at_once=0': 'must be between 1', '--reference=nowhere.pt': 'nowhere.pt is not there',
-        f'--reference={TEXT.name}/other.pt': 'no model called model, but other',
-        '--think_len=-1': 'must be between 0', '--beta2=2': 'must be between 0'},
+        '--fixed=False --thought_kind=continuous': 'have no end', '--micro_batch=3': 'does not divide the 8',
+        '--thought_kind=continuous --think_len=2 --at_once=2 --d_thought_vocab=6': '--at_once=1',
+        '--reference=nowhere.pt': 'nowhere.pt is not there', '--beta2=2': 'must be between 0',
+        f'--reference={TEXT.name}/other.pt': 'no model called model, but other'},
     'rollout_think': {'--group_size=1': 'must be at least 2', '--reference=': 'needs a --reference'}}
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_bad_input(script, refuse, tmp_path):
+def test_bad_input(script, refuse, run_here, tmp_path):
     for knobs, message in (BAD['of every script'] | BAD[script]).items():
         refuse(script, knobs, message)
     assert not list(tmp_path.iterdir())
-
-
-def test_inputs_that_processes_cannot_share(refuse, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    refuse('autoencoder_think', '--input_max=7 --batch_size=8', 'batch_size=7 cannot be shared by 2 processes')
+    code, out, _ = run_here(script, '--help')
+    assert code == 0 and '\nbatch_size = ' in out and f'python {script}.py' in out
 
 
 def test_bad_checkpoints(train, refuse, tmp_path):
@@ -690,19 +646,16 @@ def test_bad_checkpoints(train, refuse, tmp_path):
     assert metrics(tmp_path / 'a') == lines
 
 
-def test_a_folder_that_cannot_be_written(refuse, tmp_path):
-    (tmp_path / 'file').write_text('')
+def test_what_is_found_to_be_bad_later(refuse, tmp_path, monkeypatch):
+    refuse('add_normal', '--learning_rate=1e9 --max_steps=100', 'training diverged')
+    (tmp_path / 'file').touch()
     refuse('add_normal', '--out_dir=file/a', 'cannot write to')
-    (tmp_path / 'folder').mkdir(mode=0o500)
-    if not os.access(tmp_path / 'folder', os.W_OK):     # root may write everywhere
-        refuse('add_normal', '--out_dir=folder/a', 'cannot write to')
-
-
-def test_a_missing_package_is_named(refuse, tmp_path, monkeypatch):
     for package, knob in (('wandb', '--wandb_mode=offline'), ('plotly', '--plot=True')):
         monkeypatch.setitem(sys.modules, package, None)
-        refuse('add_think_blind', knob, f'pip install {package}')
-    assert not list(tmp_path.iterdir())
+        refuse('add_think_blind', f'--out_dir=b {knob}', f'pip install {package}')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    refuse('autoencoder_think', '--out_dir=b --batch_size=3', 'batch_size=3 cannot be shared by 2')
+    assert not (tmp_path / 'b').exists()
 
 
 # ---- the repository

@@ -1,4 +1,4 @@
-"""utils.py: sampling, balanced targets, advantages, tasks, optimiser, ablations, colours, CUDA graphs."""
+"""utils.py: sampling, balanced targets, advantages, tasks, optimiser, ablations, colours."""
 import itertools
 import math
 import os
@@ -12,11 +12,11 @@ import torch
 import utils
 from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig
 from utils import (ADVANTAGES, NEED_GROUPS, SUM_TO_ONE, Run, SerialTask, ablations, addition_questions,
-                   advantages, as_html, balanced_target, concentration, digits, judge, make_optimizer, plain,
+                   advantages, as_html, balanced_target, concentration, judge, make_optimizer, plain,
                    sample, schedule, show_tokens)
 
 # normal tokens 0..9, thoughts 10..59, end_thought 60
-CONFIG = ThinkingModelConfig(d_normal_vocab=10, d_thought_vocab=50, block_size=8, n_layer=1, n_head=1, d_model=4)
+CONFIG = ThinkingModelConfig(0, 8, n_layer=1, n_head=1, d_model=4, d_normal_vocab=10, d_thought_vocab=50)
 
 
 # ---- sampling
@@ -39,7 +39,7 @@ def test_no_noise_reaches_an_impossible_token():
         assert ((tokens >= 300) & (tokens < 700)).all()
 
 
-@pytest.mark.parametrize('how', [{'temperature': -1}, {'temperature': 1e-45}, {'epsilon': -.1}, {'epsilon': 1.1}])
+@pytest.mark.parametrize('how', [{'temperature': -1}, {'temperature': 1e-9}, {'epsilon': -1}, {'epsilon': 2}])
 def test_settings_that_define_no_distribution(how):
     with pytest.raises(ValueError, match='cannot sample'):
         sample(torch.zeros(1, 3), torch.zeros(1), **how)
@@ -140,20 +140,13 @@ def test_rewards_that_are_alike_few_or_infinite(kind):
     assert weights.isfinite().all()
     if sums:
         assert torch.allclose(weights.sum(1), torch.ones(4))
+        assert kind != 'softmax' or weights[1:].tolist() == [[.25] * 4, [1, 0, 0, 0], [0, .5, 0, .5]]
     elif not kind.startswith(('quantile', 'softmax')):      # ranks and limits know what to do with infinities
         tamed = torch.tensor([[-2., 0., 1., -2.], [0.] * 4, [1., 0., 0., 1.], [0.] * 4])
         batch = rewards if kind == 'batch_std' else None
         assert torch.allclose(weights[::2], advantages(tamed, kind, baseline=-1., batch=batch)[::2])
         assert weights[1].tolist() == weights[3].tolist() == [0] * 4        # nothing is known of these groups
     assert advantages(torch.tensor([[math.nan, 1., 2.]]), kind).isnan().any() or kind == 'best'
-
-
-def test_softmax_of_infinities_is_its_limit():
-    inf = math.inf
-    rewards = torch.tensor([[-inf, 0., 0.], [-inf, -inf, -inf], [inf, inf, 0.], [-inf, inf, 5.]])
-    expected = torch.tensor([[0, .5, .5], [1 / 3] * 3, [.5, .5, 0], [0, 1, 0]])
-    assert torch.allclose(advantages(rewards, 'softmax', tau=.3), expected)
-    assert advantages(torch.tensor([[1., 3., 3.]]), 'softmax', tau=1e-6).tolist() == [[0, .5, .5]]
 
 
 def test_concentration():
@@ -221,25 +214,21 @@ def test_too_many_questions_are_drawn(low, high):
 
 # ---- optimiser and schedule
 
-@pytest.mark.parametrize('tied', [True, False])
-def test_every_parameter_is_optimised_once(tied):
-    model = GPT2(ModelConfig(d_vocab=9, block_size=4, n_layer=2, n_head=2, d_model=8, tie_weights=tied))
+def test_every_parameter_is_optimised_once():
+    model = GPT2(ModelConfig(d_vocab=9, block_size=4, n_layer=2, n_head=2, d_model=8))
     decayed, free = make_optimizer(model, 1e-3, .1).param_groups
-    ids = [id(p) for group in (decayed, free) for p in group['params']]
-    assert len(set(ids)) == len(ids) and set(ids) == {id(p) for p in model.parameters()}
-    assert decayed['weight_decay'] == .1 and all(p.dim() == 2 for p in decayed['params'])
-    assert free['weight_decay'] == 0 and all(p.dim() == 1 for p in free['params'])
+    assert decayed['weight_decay'] == .1 and {p.dim() for p in decayed['params']} == {2}
+    assert free['weight_decay'] == 0 and {p.dim() for p in free['params']} == {1}
+    assert len(decayed['params'] + free['params']) == len(list(model.parameters()))
 
 
 def test_schedule():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.)
-    rates = {}
-    for cosine in (False, True):
-        rates[cosine] = []
-        for step in range(100):
-            schedule(optimizer, 2., step, 100, warmup_steps=9, cosine=cosine)
-            rates[cosine].append(optimizer.param_groups[0]['lr'])
-    line, cosine = rates.values()
+    line, cosine = [], []
+    for step in range(100):
+        for rates in (line, cosine):
+            schedule(optimizer, 2., step, 100, warmup_steps=9, cosine=rates is cosine)
+            rates.append(optimizer.param_groups[0]['lr'])
     assert line[0] == pytest.approx(.2) and line[9] == line[50] == 2. and line[75] == pytest.approx(1.)
     assert line[99] == pytest.approx(.04) and sorted(line[50:], reverse=True) == line[50:]
     assert cosine[:10] == line[:10] and sorted(cosine[9:], reverse=True) == cosine[9:]
@@ -316,35 +305,3 @@ def test_what_is_shown_of_a_question_has_no_padding():
     Run.show(run, CONFIG, question, thoughts, torch.tensor([3, 4, 5, 6]), torch.tensor([3, 3, 5, 6]))
     assert shown == [('1 2 <think1> <think2> <end_thought> 3', True),
                      ('1 2 <think3> <end_thought> 4', False), ('1 2 <end_thought> 5', True)]
-
-
-# ---- CUDA graphs
-
-def test_what_is_fused_is_compiled_only_where_it_is_asked_for(monkeypatch):
-    made = []
-    monkeypatch.setattr(torch, 'compile', lambda function, **how: made.append(function) or (lambda x: -x))
-    function = utils.fused(lambda x: x)
-    for fuse, expected in ((False, 1), (True, -1), (False, 1), (True, -1)):
-        monkeypatch.setattr(utils, 'fusing', fuse)
-        assert function(1) == expected and utils.recorded(function)(torch.ones(1)) == expected
-    assert len(made) == 1
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_recorded_steps_are_the_steps_on_a_gpu():
-    def train(wrap):
-        torch.manual_seed(0)
-        model = torch.nn.Linear(4, 4, device='cuda')
-        optimizer = make_optimizer(model, 1e-2, .1, recorded=True)
-
-        def update(x):
-            model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return model.weight.detach().clone()
-        update = wrap(update)
-        for step in range(5):
-            schedule(optimizer, 1e-2, step, 5, 2)
-            weight = update(torch.full((3, 4), float(step), device='cuda'))
-        return weight.clone()
-    torch.testing.assert_close(train(utils.recorded), train(lambda function: function))
