@@ -18,7 +18,7 @@ from model import GPT2, ModelConfig
 
 torch.set_num_threads(1)    # tiny models are faster so
 ROOT = Path(__file__).parent.parent
-TEXT = tempfile.TemporaryDirectory()    # data as prepare_data.py makes it: 40 words of 14 characters, looped
+TEXT = tempfile.TemporaryDirectory()    # 40 words of 14 characters, again and again, and models for them
 TORCHRUN = sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'
 ALL = ['--n_head=2', '--d_model=16', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu']
 OF_TEXT = [*ALL, f'--data={TEXT.name}', '--n_layer=1', '--d_thought_vocab=5', '--warmup_steps=2']
@@ -35,18 +35,15 @@ TINY = {
                       '--batch_size=4', '--group_size=4', '--eval_prefixes=10']}
 
 
-def make_text(folder):
-    """Tiny data in the form that prepare_data.py leaves."""
-    characters = sorted('\n abcdefghijkl')
-    words = np.random.default_rng(0).integers(2, len(characters), size=(40, 4))
-    tokens = np.pad(words, ((0, 0), (0, 1)), constant_values=1).flatten()      # a space behind each word
-    for part, n in (('train', 20), ('val', 3)):
-        np.tile(tokens, n).astype(np.uint16).tofile(f'{folder}/{part}.bin')
-    (Path(folder) / 'meta.json').write_text(json.dumps(
-        {'tokenizer': 'char', 'characters': characters, 'd_vocab': len(characters)}))
+# tiny data in the form that prepare_data.py leaves
+characters = sorted('\n abcdefghijkl')
+words = np.random.default_rng(0).integers(2, len(characters), size=(40, 4))
+text = np.pad(words, ((0, 0), (0, 1)), constant_values=1).flatten()     # a space behind each word
+for part, n in (('train', 20), ('val', 3)):
+    np.tile(text, n).astype(np.uint16).tofile(f'{TEXT.name}/{part}.bin')
+meta = {'tokenizer': 'char', 'characters': characters, 'd_vocab': len(characters)}
+Path(TEXT.name, 'meta.json').write_text(json.dumps(meta))
 
-
-make_text(TEXT.name)
 torch.manual_seed(0)
 JUDGE = GPT2(ModelConfig(d_vocab=14, block_size=16, n_layer=1, n_head=2, d_model=16))
 EMPTY = dict.fromkeys(('knobs', 'step', 'best', 'seconds', 'written', 'optimizers', 'generator'), {})

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import utils
-from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig
+from model import GPT2Thinking, ThinkingModelConfig
 from utils import (ADVANTAGES, NEED_GROUPS, SUM_TO_ONE, Run, SerialTask, ablations, addition_questions,
-                   advantages, as_html, balanced_target, concentration, judge, make_optimizer, plain,
+                   advantages, as_html, balanced_target, concentration, judge, plain,
                    sample, schedule, show_tokens)
 
 # normal tokens 0..9, thoughts 10..59, end_thought 60
@@ -68,14 +68,9 @@ def test_a_square_target_is_as_good_as_the_best_assignment(seed):
 
 def test_shares_with_more_and_with_fewer_codes_than_answers():
     generator = torch.Generator().manual_seed(0)
-    few = follow(torch.randn(30, 10, generator=generator))
+    few, many = (follow(torch.randn(*shape, generator=generator)) for shape in ((30, 10), (10, 300)))
     torch.testing.assert_close(few.sum(0), torch.full((10,), 3.), atol=1e-2, rtol=0)
-    scores = torch.randn(10, 300, generator=generator)
-    many = follow(scores)
     assert many.sum(0).max() < 1.01
-    best = scores.argmax(1)
-    alone = best.bincount(minlength=300)[best] == 1     # nobody else wants it, so nothing is in its way
-    assert alone.any() and torch.equal(many.argmax(1)[alone], best[alone])
 
 
 # ---- advantages
@@ -110,22 +105,6 @@ def test_advantages_by_hand(kind):
         assert torch.allclose(advantages(100 * rewards + 7, kind), weights)     # blind to scale
 
 
-@pytest.mark.parametrize('kind', ['reinforce', 'dr_grpo', 'rloo', 'grpo'])
-def test_policy_gradients_point_where_the_exact_gradient_does(kind):
-    """Over many groups the estimate is along the gradient of the expected reward over all tokens."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, generator=generator, requires_grad=True)
-    reward = torch.randn(5, generator=generator)
-    exact, = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)
-    token = sample(logits.detach().expand(80000, 5), torch.rand(80000, generator=generator)).view(-1, 4)
-    weights = advantages(reward[token], kind, baseline=.3)
-    loss = -(weights * logits.log_softmax(0)[token]).sum(1).mean()
-    estimate, = torch.autograd.grad(-loss, logits)
-    assert torch.cosine_similarity(estimate, exact, dim=0) > (.95 if kind == 'grpo' else .99)
-    if kind in ('reinforce', 'rloo'):       # those without bias
-        torch.testing.assert_close(estimate, exact, atol=.02, rtol=0)
-
-
 @pytest.mark.parametrize('kind', list(ADVANTAGES))
 def test_rewards_that_are_alike_few_or_infinite(kind):
     inf, sums = math.inf, kind in SUM_TO_ONE
@@ -141,10 +120,7 @@ def test_rewards_that_are_alike_few_or_infinite(kind):
     if sums:
         assert torch.allclose(weights.sum(1), torch.ones(4))
         assert kind != 'softmax' or weights[1:].tolist() == [[.25] * 4, [1, 0, 0, 0], [0, .5, 0, .5]]
-    elif not kind.startswith(('quantile', 'softmax')):      # ranks and limits know what to do with infinities
-        tamed = torch.tensor([[-2., 0., 1., -2.], [0.] * 4, [1., 0., 0., 1.], [0.] * 4])
-        batch = rewards if kind == 'batch_std' else None
-        assert torch.allclose(weights[::2], advantages(tamed, kind, baseline=-1., batch=batch)[::2])
+    elif not kind.startswith('quantile'):
         assert weights[1].tolist() == weights[3].tolist() == [0] * 4        # nothing is known of these groups
     assert advantages(torch.tensor([[math.nan, 1., 2.]]), kind).isnan().any() or kind == 'best'
 
@@ -205,34 +181,16 @@ def test_questions_are_split_without_loss_or_overlap(low, high, n_adds):
     assert [len(part) for part in addition_questions(0, 2, .01, seed=0)] == [3, 1]
 
 
-@pytest.mark.parametrize('low, high', [(10000, 100000), (0, 71)])     # 71 * 71 = 5041
-def test_too_many_questions_are_drawn(low, high):
-    both = torch.cat(addition_questions(low, high, .1, seed=0, n_max=5000))
-    assert len(both.unique(dim=0)) == len(both) == 5000 and both.min() >= low and both.max() < high
-    assert both[:, 0].float().mean().item() == pytest.approx((low + high) / 2, rel=.03)
-
-
 # ---- optimiser and schedule
-
-def test_every_parameter_is_optimised_once():
-    model = GPT2(ModelConfig(d_vocab=9, block_size=4, n_layer=2, n_head=2, d_model=8))
-    decayed, free = make_optimizer(model, 1e-3, .1).param_groups
-    assert decayed['weight_decay'] == .1 and {p.dim() for p in decayed['params']} == {2}
-    assert free['weight_decay'] == 0 and {p.dim() for p in free['params']} == {1}
-    assert len(decayed['params'] + free['params']) == len(list(model.parameters()))
-
 
 def test_schedule():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.)
-    line, cosine = [], []
+    line = []
     for step in range(100):
-        for rates in (line, cosine):
-            schedule(optimizer, 2., step, 100, warmup_steps=9, cosine=rates is cosine)
-            rates.append(optimizer.param_groups[0]['lr'])
+        schedule(optimizer, 2., step, 100, warmup_steps=9)
+        line.append(optimizer.param_groups[0]['lr'])
     assert line[0] == pytest.approx(.2) and line[9] == line[50] == 2. and line[75] == pytest.approx(1.)
     assert line[99] == pytest.approx(.04) and sorted(line[50:], reverse=True) == line[50:]
-    assert cosine[:10] == line[:10] and sorted(cosine[9:], reverse=True) == cosine[9:]
-    assert cosine[99] == pytest.approx(.2, rel=.01) and cosine[54] == pytest.approx(1.1, rel=.02)
 
 
 # ---- are the thoughts used?
