@@ -453,7 +453,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(script, more, train, run_h
 def test_killed_and_resumed_at_full_size_with_two_threads(tmp_path):
     more = ['--input_max=100', '--d_thought_vocab=10', '--think_len=2', '--batch_size=512', '--d_model=128',
             '--n_head=32', '--max_steps=8', '--eval_every=3', '--eval_questions=300']
-    threads = {'env': {'OMP_NUM_THREADS': '2'}}
+    threads = {'env': {'OMP_NUM_THREADS': '2', 'OMP_WAIT_POLICY': 'passive'}}
     run('add_think_blind', f'--out_dir={tmp_path}/whole', *more, **threads)
     process = start('add_think_blind', f'--out_dir={tmp_path}/killed', *more, **threads)
     log = tmp_path / 'killed/metrics.jsonl'
@@ -540,10 +540,10 @@ BAD = {
         '--encoding=roman': 'must be one of int, digits', '--input_min=6': 'leaves no two numbers',
         '--heldout=1': 'must be between 0'},
     'add_think_blind': {
-        '--think_len=40': 'at most 2^17', '--n_adds=40': 'too many to number',
+        '--think_len=40': '2^17 codes', '--n_adds=40': 'too many to number',
         '--advantage=ppo': 'must be one of balanced, softmax, best', '--epsilon=1.5': 'must be between 0',
         '--advantage=grpo': 'need rollouts: --search=False', '--epsilon=.1': 'need rollouts: --search=False',
-        '--compile=True --search=False': 'steps that are alike', '--super=True --d_thought_vocab=6': 'no digits',
+        '--compile=True --search=False': 'steps that are alike',
         '--search=False --advantage=rloo --group_size=1': 'must be at least 2',
         '--super=True --d_thought_vocab=6': 'make no digits',
         '--split=False --frozen=thinking': '--split=True'},
