@@ -242,8 +242,8 @@ def evaluate(step):
 # ---- training ----
 
 learn = torch.compile(learn) if compile else learn
-# Operations per token of text, as nanoGPT counts them: 6 per weight, not of positions, and attention
-# to text. Each pass of thoughts reads as many tokens again; its attention to thoughts is not counted.
+# Operations per token of text, as nanoGPT counts them: 6 per weight but position embeddings, and
+# attention to text. Each pass of thoughts reads as many tokens again; attention to thoughts is left out.
 n_weights = sum(p.numel() for name, p in model.named_parameters() if name != 'wpe.weight')
 n_flops = (1 + G * think_len // at_once) * (6 * n_weights + 12 * n_layer * d_model * text_len)
 peak = peak_flops(world.device) if dtype == 'bfloat16' else None
