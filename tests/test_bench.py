@@ -76,3 +76,9 @@ def test_verdicts(bench, tmp_path):
         'inconclusive: steadier gradients, gradients vanish')
     disagree = runs(.6)[:2] + runs(.4)[2:]
     assert bench['verdict'](disagree) == 'inconclusive'
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / 'assets/results', tmp_path / 'assets/results')
+    bench.__wrapped__(tmp_path, monkeypatch)
+    assert (tmp_path / 'README.md').read_text() == (ROOT / 'README.md').read_text()
