@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from utils import (LinearCrossEntropy, attend_to_cache, attention, being_recorded, causal, digits, fused,
                    has_kernel, need, sample, think_merged)
 
-REACH = 16      # 'relative' positions tell distances apart up to this one
+REACH = 16  # 'relative' positions tell distances apart up to this one
 
 
 # ---- configs ----
@@ -40,7 +40,7 @@ class ModelConfig:
     init: str = 'gpt2'          # 'gpt2': std .02 | 'unit': activations of size one, for small models
     position_encoding: str = 'learned'  # 'learned': an embedding each | 'rotary' | 'relative': by distance
     dropout: float = 0.         # share of activations dropped in training
-    input_kind = output_kind = 'all'    # no fields here, see ThinkingModelConfig
+    input_kind = output_kind = 'all'  # no fields here, see ThinkingModelConfig
 
     def __post_init__(self):
         for name in ('d_vocab', 'block_size', 'n_layer', 'n_head', 'd_model'):
@@ -118,7 +118,7 @@ class Attention(nn.Module):
             lambda grad: torch.cat([part * kept for part, kept in zip(grad.chunk(3), keep)]))
 
     def forward(self, x, layer, cache, places, visible):
-        """x: (B, S, d_model). places: of tokens or of pairs of them, see GPT2.layers, as for visible."""
+        """x: (B, S, d_model). places: rotary angles or relative distances. visible: see GPT2.layers."""
         B, S, d_model = x.shape
         q, k, v = (y.view(B, S, self.config.n_head, -1).transpose(1, 2)  # (B, H, S, D)
                    for y in self.c_attn(x).split(d_model, dim=-1))
@@ -302,7 +302,7 @@ class GPT2(nn.Module):
 
     def unroll(self, prompt, n_new, choose, positions=None, n_rollouts=1, use_cache=True):
         """Continue prompts (B, S) by up to n_new tokens, n_rollouts times: choose(t, states) gets the states
-        (N, d_model) at the last tokens; it returns the next ones (N,) and which rows go on (N,), None: all.
+        (N, d_model) at the last tokens; returns the next ones (N,) and which rows go on (N,), None: all.
         Stops if no row does. Returns the new tokens (N, T)."""
         S, device, cache = prompt.shape[1], prompt.device, None
         positions = count_on(positions, S, n_new, device)  # (S + n_new,)
@@ -327,12 +327,11 @@ class GPT2(nn.Module):
         return sequence[:, S:]
 
 
-
 def choice(logits, chosen):
     """Log-probabilities and entropies (...), in nats, of choices (...) among logits (..., V)."""
     log_p = logits.float().log_softmax(-1)
     log_prob = log_p.gather(-1, chosen[..., None])[..., 0]
-    return log_prob, -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)    # impossible ones add 0
+    return log_prob, -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)  # impossible ones add 0
 
 
 def count_on(positions, n_prompt, n_new, device):
@@ -365,8 +364,8 @@ class GPT2Thinking(GPT2):
 
     def think(self, question, think_len, *, fixed=True, n_rollouts=1, noise=None, grad=False, **more):
         """Roll out thoughts after questions (B, S), n_rollouts times. fixed: think_len thoughts; else at most
-        as many, ended by end_thought. The rest as in generate. Returns Thoughts (N, T); with grad also
-        log-probabilities and entropies, through which gradients pass."""
+        as many, ended by end_thought. grad: log-probabilities and entropies too, with gradient;
+        then without positions and use_cache. The rest as in generate. Returns Thoughts (N, T)."""
         choices, stop = self.thought_range(fixed), None if fixed else self.config.end_thought
         if noise is None:
             noise = torch.rand(len(question) * n_rollouts, think_len, device=question.device)
@@ -564,8 +563,8 @@ class GPT2Thinking(GPT2):
 # ---- keys and values ----
 
 class KVCache:
-    """Keys and values (B, H, S, D) of each layer at the positions a model has read. They grow, and gradients
-    pass; given a config and sizes, memory is reserved once, without gradients: faster."""
+    """Keys and values (B, H, S, D) of each layer at the positions a model has read. It grows and passes
+    gradients; given a config and sizes, it fills memory reserved once, without gradients: faster."""
 
     def __init__(self, config=None, n_rows=0, n_positions=0, device=None, dtype=None):
         self.kv, self.length, self.positions = {}, 0, None
@@ -619,7 +618,7 @@ HF_FIXED = {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scal
 
 def from_pretrained(source):
     """A GPT2 with the weights of a Hugging Face GPT-2, a folder or a hub name such as 'gpt2-xl'. Raises
-    ValueError, in one line, if there are none, or if this file cannot express the model."""
+    ValueError if there are none, or if this file cannot express the model."""
     transformers = need('transformers', 'to load pretrained weights')
     try:
         c = transformers.AutoConfig.from_pretrained(source)
@@ -684,7 +683,7 @@ def make_model(config, checkpoint=None, name='model', spread=1.):
     if isinstance(config, ThinkingModelConfig) and not isinstance(model, GPT2Thinking):
         model = GPT2Thinking.from_normal(model, config.d_thought_vocab, spread, gate=config.gate,
                                          block_size=max(config.block_size, model.config.block_size))
-    model.config.dropout = config.dropout       # no part of a model's shape
+    model.config.dropout = config.dropout  # no part of a model's shape
     for field, value in asdict(config).items():
         theirs = getattr(model.config, field, None)
         if theirs != value:
@@ -693,7 +692,7 @@ def make_model(config, checkpoint=None, name='model', spread=1.):
 
 
 def lagged_copy(model, checkpoint=None):
-    """A copy that does not learn; if a checkpoint has a model called lagged, that."""
+    """A copy that does not learn; or the model called lagged, if a checkpoint has it."""
     lagged = copy.deepcopy(model).requires_grad_(False)
     if checkpoint and 'lagged' in checkpoint['models']:
         lagged.load_state_dict(find_model(checkpoint, 'lagged').state_dict())
