@@ -40,7 +40,7 @@ class ModelConfig:
     init: str = 'gpt2'          # 'gpt2': std .02 | 'unit': activations of size one, for small models
     position_encoding: str = 'learned'  # 'learned': an embedding each | 'rotary' | 'relative': by distance
     dropout: float = 0.         # share of activations dropped in training
-    input_kind = output_kind = 'all'  # no fields here, see ThinkingModelConfig
+    input_kind = output_kind = 'all'  # no fields, see ThinkingModelConfig
 
     def __post_init__(self):
         for name in ('d_vocab', 'block_size', 'n_layer', 'n_head', 'd_model'):
@@ -49,9 +49,9 @@ class ModelConfig:
         if self.d_model % self.n_head:
             raise ValueError(f'n_head={self.n_head} does not divide d_model={self.d_model}')
         if self.init not in ('gpt2', 'unit'):
-            raise ValueError(f'init={self.init} must be gpt2 or unit')
+            raise ValueError(f'unknown init={self.init}')
         if self.position_encoding not in ('learned', 'rotary', 'relative'):
-            raise ValueError(f'position_encoding={self.position_encoding} is unknown')
+            raise ValueError(f'unknown position_encoding={self.position_encoding}')
         if self.position_encoding == 'rotary' and self.d_model // self.n_head % 2:
             raise ValueError(f'rotary: d_model={self.d_model} / n_head={self.n_head} must be even')
         if self.tie_weights and (self.init == 'unit' or self.reads != self.writes):
@@ -85,9 +85,9 @@ class ThinkingModelConfig(ModelConfig):
 
     def __post_init__(self):
         if self.d_normal_vocab < 1 or self.d_thought_vocab < 1:
-            raise ValueError('d_normal_vocab and d_thought_vocab must be at least 1')
+            raise ValueError('d_normal_vocab, d_thought_vocab must be at least 1')
         if not {self.input_kind, self.output_kind} <= {'all', 'normal', 'thought'}:
-            raise ValueError('input_kind and output_kind must be one of all, normal, thought')
+            raise ValueError('input_kind and output_kind: all, normal or thought')
         self.d_vocab = self.d_vocab_total = self.d_normal_vocab + self.d_thought_vocab + 1
         super().__post_init__()
 
@@ -113,7 +113,7 @@ class Attention(nn.Module):
             self.relative = nn.Embedding(2 * REACH + 1, config.n_head)
         # A bias of the keys raises all scores of a query alike and changes nothing. Its gradient is rounding
         # error, which Adam would blow up to full steps, different with every number of processes.
-        keep = [1, 0, 1]  # the gradients of queries, keys, values
+        keep = [1, 0, 1]  # gradients of queries, keys, values
         self.c_attn.bias.register_hook(
             lambda grad: torch.cat([part * kept for part, kept in zip(grad.chunk(3), keep)]))
 
@@ -362,20 +362,24 @@ class GPT2Thinking(GPT2):
         """Tokens that a thinking policy chooses from: thoughts, and end_thought if not fixed."""
         return range(self.config.d_normal_vocab, self.config.end_thought + (not fixed))
 
-    def think(self, question, think_len, *, fixed=True, n_rollouts=1, noise=None, grad=False, **more):
+    def think(self, question, think_len, *, fixed=True, n_rollouts=1, noise=None, positions=None,
+              temperature=1., epsilon=0., use_cache=True, grad=False):
         """Roll out thoughts after questions (B, S), n_rollouts times. fixed: think_len thoughts; else at most
-        as many, ended by end_thought. grad: log-probabilities and entropies too, with gradient;
-        then without positions and use_cache. The rest as in generate. Returns Thoughts (N, T)."""
+        as many, ended by end_thought. grad: with log-probabilities and entropies; no positions.
+        The rest as in generate. Returns Thoughts (N, T)."""
+        if grad and positions is not None:
+            raise ValueError('with grad, positions must be None')
         choices, stop = self.thought_range(fixed), None if fixed else self.config.end_thought
         if noise is None:
             noise = torch.rand(len(question) * n_rollouts, think_len, device=question.device)
         many = question.repeat_interleave(n_rollouts, dim=0)  # (N, S)
         # where many rollouts are alike, each beginning is read once
         repetitive = not question.is_cuda or len(choices) ** (think_len - 1) < n_rollouts
-        if grad and repetitive and not being_recorded():
-            return Thoughts(*think_merged(self, KVCache(), many, choices, noise, stop, **more))
+        if grad and repetitive and use_cache and not being_recorded():
+            return Thoughts(*think_merged(self, KVCache(), many, choices, noise, stop, temperature, epsilon))
         tokens = self.generate(question, think_len, among=choices, stop=stop, noise=noise,
-                               n_rollouts=n_rollouts, **more)
+                               positions=positions, n_rollouts=n_rollouts, use_cache=use_cache,
+                               temperature=temperature, epsilon=epsilon)
         return Thoughts(tokens, *self.thought_log_probs(many, tokens, fixed)) if grad else Thoughts(tokens)
 
     def n_thoughts(self, thoughts):
@@ -446,10 +450,7 @@ class GPT2Thinking(GPT2):
         allowed. Returns tokens (N, T), filled with end_thought. noise: (N, n_new * (think_len + 1)). text:
         (N, n_new), normal tokens to write; thoughts: shaped like noise, thoughts to write. The rest as in
         generate."""
-        S, N, config = prompt.shape[1], len(prompt) * n_rollouts, self.config
-        longest = n_new * (think_len + 1)
-        if S + longest - 1 > config.block_size:
-            raise ValueError(f'{S} and {longest} new tokens are more than block_size={config.block_size}')
+        N, config, longest = len(prompt) * n_rollouts, self.config, n_new * (think_len + 1)
         if text is not None and not think_len:
             return text
         if noise is None:
@@ -537,21 +538,21 @@ class GPT2Thinking(GPT2):
         return *written, plain, last
 
     @staticmethod
-    def from_normal(model, d_thought_vocab, spread=1., **more):
+    def from_normal(model, d_thought_vocab, spread=1., gate=None, block_size=0):
         """Grow a normal GPT2 by d_thought_vocab thoughts and end_thought; logits of normal tokens stay the
         same. New embeddings are drawn around the mean of the old ones, with spread times their deviation: how
-        certain thoughts are at first. more: fields of ThinkingModelConfig, such as a larger block_size."""
+        certain thoughts are at first."""
         shape = {name: value for name, value in asdict(model.config).items() if name != 'd_vocab'}
-        shape |= {'d_normal_vocab': model.config.d_vocab, 'd_thought_vocab': d_thought_vocab, **more}
+        shape |= {'d_normal_vocab': model.config.d_vocab, 'd_thought_vocab': d_thought_vocab,
+                  'gate': gate, 'block_size': max(block_size, model.config.block_size)}
         config = ThinkingModelConfig(**shape)
         grown = GPT2Thinking(config).to(model.wte.weight.device)
         state = grown.state_dict() | model.state_dict()
-        for name in ('wte.weight', 'lm_head.weight', 'wpe.weight'):
+        tokens, places = d_thought_vocab + 1, config.block_size - model.config.block_size
+        for name, n_new, wide in (('wte.weight', tokens, spread), ('lm_head.weight', tokens, spread),
+                                  ('wpe.weight', places, 1.)):
             if name in state:
                 old = state[name]
-                n_new, wide = d_thought_vocab + 1, spread
-                if name == 'wpe.weight':
-                    n_new, wide = config.block_size - model.config.block_size, 1.
                 noise = wide * torch.randn(n_new, config.d_model, device=old.device)
                 state[name] = torch.cat([old, old.mean(0) + old.std(0) * noise])
         if config.tie_weights:
@@ -605,7 +606,7 @@ class KVCache:
         self.kv = {layer: [kept.repeat_interleave(n, dim=0) for kept in kv] for layer, kv in self.kv.items()}
 
     def select(self, rows):
-        """Keep only these rows (n,), in this order, some perhaps several times."""
+        """Keep these rows (n,), in this order, some perhaps several times."""
         self.kv = {layer: [kept[rows] for kept in kv] for layer, kv in self.kv.items()}
 
 
@@ -681,8 +682,8 @@ def make_model(config, checkpoint=None, name='model', spread=1.):
         return MODELS[type(config).__name__][1](config)
     model = find_model(checkpoint, name)
     if isinstance(config, ThinkingModelConfig) and not isinstance(model, GPT2Thinking):
-        model = GPT2Thinking.from_normal(model, config.d_thought_vocab, spread, gate=config.gate,
-                                         block_size=max(config.block_size, model.config.block_size))
+        model = GPT2Thinking.from_normal(
+            model, config.d_thought_vocab, spread, config.gate, config.block_size)
     model.config.dropout = config.dropout  # no part of a model's shape
     for field, value in asdict(config).items():
         theirs = getattr(model.config, field, None)

@@ -624,9 +624,9 @@ def fused(function):
     compiled = functools.cache(lambda: torch.compile(function, dynamic=False))
 
     @functools.wraps(function)
-    def run(*arguments, **more):
+    def run(*args, **kw):
         compile = fusing and not torch.compiler.is_compiling()
-        return (compiled() if compile else function)(*arguments, **more)
+        return (compiled() if compile else function)(*args, **kw)
     return run
 
 
@@ -937,8 +937,8 @@ def distinct(numbers):
     return numbers.unique(return_inverse=True)
 
 
-def think_merged(model, cache, question, choices, noise, stop=None, **sampling):
-    """GPT2Thinking.think(grad=True), from an empty cache: rollouts that are alike so far are read once."""
+def think_merged(model, cache, question, choices, noise, stop, temperature, epsilon):
+    """GPT2Thinking.think(grad=True) from an empty cache: rollouts that are alike so far are read once."""
     def alike(which, column):  # numbers rows (N,) by their old number and a token (N,); one row (n,) of each
         which = (which * (column.max() + 1) + column).unique(return_inverse=True)[1]
         one = torch.empty_like(which[:which.max() + 1])
@@ -953,7 +953,7 @@ def think_merged(model, cache, question, choices, noise, stop=None, **sampling):
         logits = model.logits(states, choices).float()  # (n, L)
         log_p = logits.log_softmax(-1)
         with torch.no_grad():
-            token = choices.start + sample(logits[which], noise[:, t], **sampling)  # (N,)
+            token = choices.start + sample(logits[which], noise[:, t], temperature, epsilon)  # (N,)
             token = token if stop is None else torch.where(alive, token, stop)
         log_prob = log_p[which].gather(-1, (token - choices.start)[:, None])[:, 0]
         entropy = -(log_p.exp() * log_p).sum(-1)[which]

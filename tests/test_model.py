@@ -349,6 +349,8 @@ def test_what_a_model_cannot_read_or_write():
         blind(torch.tensor([[3]]))
     with pytest.raises(ValueError, match='not among those'):
         blind.think(tokens_for(blind, 1, 2), 1)
+    with pytest.raises(ValueError, match='positions'):
+        blind.think(torch.zeros(1, 2), 1, positions=torch.arange(2), grad=True)
 
 
 # ---- thoughts at every position of text at once
