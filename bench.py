@@ -177,12 +177,10 @@ def origin(suite, row, seed):
 def measure(suite, rows):
     """Run rows with every seed, `parallel` runs at once, and keep their results."""
     one = {'origin': origin, 'gradient': gradient}.get(suite, learn)
-    every = [start for other in SUITES for row in SUITES[other].get('rows', ())
-             for start in row_of(other, row)['start'].values()]
-    failed = []
+    failed, once = [], json.dumps(SUITES)   # the start of another row may be one run for all seeds
     with ThreadPoolExecutor(1 if suite == 'gradient' else parallel) as pool:    # threads share torch's noise
         for row in rows:
-            n = 1 if f'{suite}/{row}@0' in every else seeds     # one start may serve all seeds
+            n = 1 if f'{suite}/{row}@0' in once else seeds
             running[row] = [pool.submit(one, suite, row, seed) for seed in range(n)]
         for row in rows:
             it, runs = row_of(suite, row), []
@@ -598,9 +596,9 @@ def steadiness(log):
 def verdict(runs, others):
     """
     Better or worse than others (rloo), for reasons that hold seed by seed: succeeds more or less at the end
-    (by .01), is ahead at step 10, 20 or 30 (by .01), has steadier gradients (variance of the norm, relative to
-    its mean, a fifth less); or gradients vanish (to 1% while under .9 are right), or effective n is below 1.5.
-    Reasons on both sides: success decides. None, or only some seeds: inconclusive.
+    (by .01), is ahead at step 10, 20 or 30 (by .01), has steadier gradients (variance of the norm, relative
+    to its mean, a fifth less); or gradients vanish (to 1% while under .9 are right), or effective n is below
+    1.5. Reasons on both sides: success decides. None, or only some seeds: inconclusive.
     """
     others = {run['changed'].get('seed', 0): run for run in others}
     pairs = [(run, others[seed]) for run in runs if (seed := run['changed'].get('seed', 0)) in others]
@@ -739,8 +737,10 @@ def write_pages():
 
 # ---- the command ----
 
-if suite not in (*SUITES, 'forming', 'tables'):
-    fail(f'--suite={suite} must be one of {", ".join(SUITES)}, forming, tables')
+run_by_us = [name for name, it in SUITES.items() if isinstance(it['rows'], dict)    # not from other suites
+             and (name == 'speed' or all('script' in row_of(name, row) for row in it['rows']))]
+if suite not in (*run_by_us, 'forming', 'tables'):
+    fail(f'--suite={suite} must be one of {", ".join(run_by_us)}, forming, tables')
 if suite == 'math' and not pretrained:
     fail('--suite=math needs --pretrained=<the model to start from>')
 if suite == 'forming':
