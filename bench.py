@@ -142,7 +142,8 @@ def from_log(result, log, batch_size):
     found['questions_of_99'] = found['step_of_99'] and found['step_of_99'] * batch_size
     if result['script'] == 'rollout_think':
         evaluations = [line for line in log if 'perplexity' in line or 'val_accuracy' in line]
-        found['curve'] = {key: [line[key] for line in evaluations] for key in evaluations[0]}
+        found['curve'] = {key: [line[key] for line in evaluations]
+                          for key in evaluations[0] if all(key in line for line in evaluations)}
         found |= {key: mean(line[key] for line in log if key in line)
                   for key in ('mixed', 'gradient_norm', 'effective_n') if any(key in line for line in log)}
         found['perplexity_with'] = {kind: math.exp(loss) for kind, loss in result.get('ablation', {}).items()}

@@ -630,12 +630,14 @@ def fused(function):
     return run
 
 
+uncompiled_cumsum = torch.compiler.disable(lambda p: p.cumsum(-1))
+
+
 @fused
 def sample(logits, noise, temperature=1., epsilon=0., bias=0.):
-    """Draw a token per row by inverting the distribution function: only noise (N,) in [0, 1) decides. logits:
+    """Tokens (N,) drawn by inverting the distribution function: only noise (N,) in [0, 1) decides. logits:
     (N, V). temperature: 0 takes the likeliest token. epsilon: share of uniform draws. bias: added to logits.
-    Returns tokens (N,). Raises ValueError.
-    """
+    Raises ValueError."""
     if temperature != 0 and temperature < 1e-3 or not 0 <= epsilon <= 1:
         raise ValueError(f'cannot sample with {temperature=}, {epsilon=}')
     log_p = logits.float() + bias
@@ -644,7 +646,8 @@ def sample(logits, noise, temperature=1., epsilon=0., bias=0.):
     log_p = (log_p / temperature).log_softmax(-1)
     if epsilon:
         log_p = ((1 - epsilon) * log_p.exp() + epsilon / log_p.shape[-1]).log()
-    below = log_p.exp().cumsum(-1)  # (N, V) distribution function
+    p = log_p.exp()  # torch 2.11 cannot compile a long cumsum over few rows
+    below = p.cumsum(-1) if p.shape[-1] <= 8192 else uncompiled_cumsum(p)  # (N, V) distribution function
     target = noise[:, None] * below[:, -1:] * (1 - 2**-22)  # strictly below its last value
     return (below <= target).sum(-1)
 
