@@ -10,9 +10,9 @@ The answering policy sees nothing but the thoughts. Nobody tells either policy w
     torchrun --standalone --nproc_per_node=2 add_think_blind.py    # the same update, by two processes
 
 A code is the thoughts of a question as one number. In each step codes compete for the answers (see invent).
-An answer prefers codes that the answering policy already reads as it, but no code serves more than its share
-of answers. For each question a code is drawn from these preferences: the thinking policy learns to write it,
-the answering policy to read the answer's codes. Small advantages grow: this is how meaning starts.
+Answers prefer codes from which the answering policy predicts them; codes that too many want rise in price.
+For each question a code is drawn from its answer's preferences: the thinking policy learns to write it, the
+answering one to predict the answer from all preferred codes. Small advantages grow: meaning starts.
 
 This is not a policy gradient. Advantage-weighted regression (Peng et al. 2019) weights samples of a question;
 here codes are weighted for an answer, and balanced, or answers would share codes. Policy gradients are here
@@ -58,7 +58,7 @@ advantage = 'balanced'        # 'balanced' | 'softmax' | 'best' | 'grpo' | 'rloo
                               # 'softmax_centred': see utils.py
 tau = .1                      # temperature of balanced and softmax: smaller makes the best count more
 group_size = 8                # G: rollouts of a question, without search
-epsilon = 0.                  # share of random thoughts in rollouts; falls to zero over the first half
+epsilon = 0.                  # share of random thoughts, if not search; falls to 0 by max_steps / 2
 entropy_weight = 0.           # of a bonus for the entropy of the thinking policy, along the chosen thoughts
 eval_every = 250              # steps between evaluations, each with a checkpoint and samples
 eval_questions = 10000        # questions of each kind per evaluation, at most
@@ -80,7 +80,7 @@ knobs = read_knobs(__file__, globals())
 compile = compile or fuse
 base = d_thought_vocab + (not fixed)        # tokens to choose from
 if think_len < 1 or max(input_max, 2**9) * base ** think_len > 2**26:
-    fail(f'--think_len={think_len} makes no code, or over 2^17 codes, or 2^26 / input_max')
+    fail(f'--think_len={think_len} makes no code, or more than min(2^17, 2^26 / input_max)')
 if (super or clean or supervised_weight) and d_thought_vocab ** think_len < input_max:
     fail(f'{think_len} thoughts of {d_thought_vocab} tokens make no digits for {input_max} answers')
 if search and (advantage not in ('balanced', 'softmax', 'best') or epsilon):
@@ -88,7 +88,7 @@ if search and (advantage not in ('balanced', 'softmax', 'best') or epsilon):
 if group_size < 2 and advantage in NEED_GROUPS:
     fail(f'advantage={advantage} compares rollouts: group_size={group_size} must be at least 2')
 if compile and (epsilon or not search and advantage == 'balanced'):
-    fail('compile=True needs steps that are alike: no epsilon, and with --search=False another advantage')
+    fail('compile=True needs steps that are alike: no epsilon; advantage=balanced needs --search=True')
 if frozen != 'none' and not split:
     fail(f'frozen={frozen} needs two models: --split=True')
 world = World(knobs)
@@ -102,7 +102,7 @@ train_sample, heldout_sample = train_set[:eval_questions], heldout_set[:eval_que
 
 
 def answer_to(question):
-    """The right answers (n,), each 0..M-1, to questions (n, n_adds). Edit this line for another task."""
+    """The right answers (n,), 0..M-1, to questions (n, n_adds). Edit the next line for another task."""
     return question.sum(1) % input_max
 
 
@@ -119,7 +119,7 @@ thinking, answering = [*models.values()][0], [*models.values()][-1]     # the sa
 if frozen != 'none':
     models[frozen].requires_grad_(False)
 
-number = partial(thinking.number, fixed=fixed)      # from thoughts to their code
+number = partial(thinking.number, fixed=fixed)      # thoughts to code
 spell = partial(thinking.spell, think_len=think_len, fixed=fixed)
 thought_tokens = thinking.thought_range(fixed)
 all_codes = number(spell(torch.arange(base ** think_len, device=world.device))).unique()    # (C,)
@@ -135,7 +135,7 @@ if split:
 run = Run(knobs, world, optimizers)
 state = run.restore({
     'prices': torch.zeros(base ** think_len),                               # of codes, see balanced_target
-    'habit': torch.zeros(input_max, 0 if search else base ** think_len),    # how often codes were written
+    'habit': torch.zeros(input_max, 0 if search else base ** think_len),    # (M, codes) decaying counts
     'baseline': torch.tensor(0. if clean else -math.log(input_max))})       # running mean of rewards
 if (n_codes := len(all_codes)) < input_max:
     run.print(f'{n_codes} codes cannot name {input_max} answers, accuracy can reach {n_codes / input_max:.4}')
@@ -154,15 +154,15 @@ def invent(question, answer, noise, dice, epsilon, codes=all_codes, bonus=0.):
         state['prices'].index_copy_(0, codes, prices)
     else:
         log_target = advantages(scores, advantage, tau).log()
-    chosen = codes[sample(log_target[answer], noise)]                       # (B,) a code for each question
+    chosen = codes[sample(log_target[answer], noise)]                       # (B,)
     log_pi, entropy = thinking.thought_log_probs(question, spell(chosen), fixed)        # (B, T)
     thinking_loss = -log_pi.sum(1).mean()
-    answering_loss = -(log_target.exp() * log_q).sum(1)[answer].mean()
+    answering_loss = -(log_target.exp() * log_q).sum(1)[answer].mean()  # over all codes
     return thinking_loss, answering_loss, dict(entropy=entropy.sum(1).mean(), chosen=chosen)
 
 
 def own_codes(question, answer, noise, dice, epsilon):
-    """Only codes that were just written compete, by log p(written for the answer) + log p(read as it)."""
+    """Only codes that were just written compete, by log p(code | answer) + log p(answer | code)."""
     written = number(thinking.think(question, think_len, fixed=fixed, n_rollouts=group_size, noise=dice,
                                     epsilon=epsilon).tokens).view(-1, group_size)       # (B, G)
     codes, column = world.gather(written).unique(return_inverse=True)       # (C,), (B, G) of all processes
@@ -182,9 +182,9 @@ def policy_gradient(question, answer, noise, dice, epsilon):
     codes, column = distinct(number(thoughts).view(-1, group_size))         # (C,), (B, G)
     log_q = answering.answer(spell(codes)).float().log_softmax(-1).T        # (M, C)
     rewards = reward(log_q, codes)[answer[:, None], column]                 # (B, G)
-    everyone = world.gather(rewards)
-    weights = advantages(rewards, advantage, tau, state['baseline'], everyone)
-    state['baseline'].lerp_(everyone.mean(), .1)
+    pooled = world.gather(rewards)
+    weights = advantages(rewards, advantage, tau, state['baseline'], pooled)
+    state['baseline'].lerp_(pooled.mean(), .1)
     thinking_loss = -(weights * log_pi).sum(1).mean()
     gains = weights.clamp(min=0) + 1e-9         # the answering policy learns from the better rollouts
     log_p_answer = log_q[answer[:, None], column]
@@ -227,7 +227,7 @@ def think(question):
 
 
 def evaluate(step):
-    """Report on both sets of questions, show a few, keep the best checkpoint. Returns the numbers."""
+    """Report on both sets (codes: train_sample), show a few, keep the best. Returns the numbers."""
     known, thoughts, right = think(train_sample), think(heldout_sample), answer_to(heldout_sample)
     answers, heldout_accuracy, bits = judge(answering, thoughts, right)
     accuracy, length = judge(answering, known, answer_to(train_sample))[1], thinking.n_thoughts(thoughts)
@@ -286,5 +286,5 @@ replaced, right = ablations(think(heldout_sample), thought_tokens), answer_to(he
 ablation = {name: judge(answering, thoughts, right)[1] for name, thoughts in replaced.items()}
 if plot and run.writes:
     draw_language()
-update = None       # free a CUDA graph, in which processes communicate, before they part
+update = None       # free the CUDA graph before the process group that it uses ends
 run.finish(steps=n_steps, **result, ablation=ablation)

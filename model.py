@@ -8,7 +8,7 @@ Tokens are numbered  0 .. d_normal_vocab-1                   normal tokens (text
                      d_normal_vocab .. d_vocab_total-2       thought tokens <think0>, <think1>, ...
                      d_vocab_total-1                         <end_thought>
 
-Shapes: B rows (sequences), S positions, H heads, D = d_model / n_head, V tokens that the model can write.
+Shapes: B rows, N = B * n_rollouts, S positions, T thoughts, H heads, D = d_model / n_head, V logits.
 Parameters have the names of Hugging Face's GPT2LMHeadModel without the leading "transformer.".
 """
 import copy
@@ -110,9 +110,9 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
         self.c_proj = nn.Linear(config.d_model, config.d_model)
         if config.position_encoding == 'relative':  # a bias per head for distances -REACH..REACH
-            self.relative = nn.Embedding(2 * REACH + 1, config.n_head)
-        # A bias of the keys raises all scores of a query alike and changes nothing. Its gradient is rounding
-        # error, which Adam would blow up to full steps, different with every number of processes.
+            self.relative = nn.Embedding(2 * REACH + 1, config.n_head)  # bias / 8: learns faster
+        # A bias of the keys raises all scores of a query alike and changes nothing (not so if 'rotary',
+        # left out all the same). Its gradient is rounding error, which Adam blows up to full steps.
         keep = [1, 0, 1]  # gradients of queries, keys, values
         self.c_attn.bias.register_hook(
             lambda grad: torch.cat([part * kept for part, kept in zip(grad.chunk(3), keep)]))
@@ -195,8 +195,8 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """'gpt2': matrices std .02, those that end a residual branch divided by sqrt(2 n_layer). 'unit':
-        embeddings std 1, matrices 1/sqrt(fan_in), so that activations start with size one."""
+        """'gpt2': matrices std .02. 'unit': embeddings std 1, matrices 1/sqrt(fan_in): activations start with
+        size one. Both: those that end a residual branch divided by sqrt(2 n_layer)."""
         unit = self.config.init == 'unit'
         for name, p in self.named_parameters():
             if name.endswith('.bias'):
@@ -206,7 +206,7 @@ class GPT2(nn.Module):
                 if name.endswith('c_proj.weight'):
                     std /= math.sqrt(2 * self.config.n_layer)
                 nn.init.normal_(p, std=std)
-                if name.endswith('relative.weight'):  # near tokens count more; each head reaches further
+                if name.endswith('relative.weight'):  # bias -10 * distance / 2^head: near counts more
                     distance = torch.arange(-REACH, REACH + 1).abs()
                     p.copy_(-10 / 8 * distance[:, None] * .5 ** torch.arange(self.config.n_head))
 
@@ -217,16 +217,16 @@ class GPT2(nn.Module):
         return self.wte(tokens - self.config.reads.start)
 
     def layers(self, x, cache=None, positions=None, visible=None):
-        """States (B, S, d_model) after the last layer for embeddings x (B, S, d_model), added to the cache.
-        positions: (S,), None: counted on. visible: (S, Sk), True where a token may look; None: before it and
-        at itself."""
+        """States (B, S, d_model) after the last layer for embeddings x (B, S, d_model). The cache grows.
+        positions: (S,); None: those after the cache. visible: (S, Sk), True where a token may look; None:
+        causal."""
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
         if end > self.config.block_size and visible is None:
             raise ValueError(f'{end} tokens are more than block_size={self.config.block_size}')
         if positions is None:
             positions = torch.arange(start, end, device=x.device)
-        keys, places = (cache.place(positions) if cache else positions), None  # keys: (Sk,), of all tokens
+        keys, places = (cache.place(positions) if cache else positions), None  # keys: positions (Sk,)
         if self.config.position_encoding == 'learned':
             x = x + self.wpe(positions)  # (B, S, d_model)
         elif self.config.position_encoding == 'rotary':
@@ -263,7 +263,7 @@ class GPT2(nn.Module):
         return self.lm_head(self.hidden(tokens, cache, positions))
 
     def loss(self, tokens, targets):
-        """Mean cross-entropy, in nats, of the tokens (B, S) that come next after tokens (B, S)."""
+        """Mean cross-entropy, in nats, of targets (B, S), the tokens that follow tokens (B, S)."""
         states = self.hidden(tokens).flatten(0, 1)
         return LinearCrossEntropy.apply(states, self.lm_head.weight, targets.flatten())
 
@@ -345,9 +345,9 @@ def count_on(positions, n_prompt, n_new, device):
 
 class Thoughts(NamedTuple):
     """What GPT2Thinking.think returns; log_probs and entropies only with grad=True."""
-    tokens: torch.Tensor  # (N, T); behind an end_thought only more of it
-    log_probs: torch.Tensor | None = None  # (N, T), 0 there
-    entropies: torch.Tensor | None = None  # (N, T), 0 there
+    tokens: torch.Tensor  # (N, T); end_thought repeats to the end
+    log_probs: torch.Tensor | None = None  # (N, T), 0 at repeats
+    entropies: torch.Tensor | None = None  # (N, T), 0 at repeats
 
 
 class GPT2Thinking(GPT2):
@@ -373,7 +373,7 @@ class GPT2Thinking(GPT2):
         if noise is None:
             noise = torch.rand(len(question) * n_rollouts, think_len, device=question.device)
         many = question.repeat_interleave(n_rollouts, dim=0)  # (N, S)
-        # where many rollouts are alike, each beginning is read once
+        # on a CPU, or if rollouts must coincide: read prefixes once
         repetitive = not question.is_cuda or len(choices) ** (think_len - 1) < n_rollouts
         if grad and repetitive and use_cache and not being_recorded():
             return Thoughts(*think_merged(self, KVCache(), many, choices, noise, stop, temperature, epsilon))
@@ -485,7 +485,7 @@ class GPT2Thinking(GPT2):
 
         tokens: (B, S). noise: (N, S, T); N / B rollouts of each row. thought_kind: 'token';
         'straight_through': tokens with the gradient of their probabilities; 'continuous': the last state is
-        read again (Hao et al. 2024). readers: 'own' or 'later', if later positions see thoughts too. at_once:
+        read again (Hao et al. 2024). readers: who sees thoughts: 'own' position or all 'later' too. at_once:
         how many thoughts are written from one state; they are read in one pass, as the sum of their
         embeddings, each from its own part of the thought tokens (Hafner et al. 2021). given: (N, S, T)
         thoughts to read. fixed: as in think.
@@ -502,7 +502,7 @@ class GPT2Thinking(GPT2):
         size = len(choices) // at_once
         first = choices.start + size * torch.arange(at_once, device=tokens.device)  # of each part
         visible = causal(S, S, tokens.device)  # the text
-        new = visible if readers == 'later' else visible & visible.T  # each thought
+        new = visible if readers == 'later' else visible & visible.T  # or diagonal
         cache = KVCache()
         plain = self.hidden(tokens, cache)  # (B, S, d_model)
         cache.repeat(N // B)
@@ -540,8 +540,8 @@ class GPT2Thinking(GPT2):
     @staticmethod
     def from_normal(model, d_thought_vocab, spread=1., gate=None, block_size=0):
         """Grow a normal GPT2 by d_thought_vocab thoughts and end_thought; logits of normal tokens stay the
-        same. New embeddings are drawn around the mean of the old ones, with spread times their deviation: how
-        certain thoughts are at first."""
+        same. New embeddings are drawn around the mean of the old ones, with spread times their deviation; it
+        sets how sure thoughts start."""
         shape = {name: value for name, value in asdict(model.config).items() if name != 'd_vocab'}
         shape |= {'d_normal_vocab': model.config.d_vocab, 'd_thought_vocab': d_thought_vocab,
                   'gate': gate, 'block_size': max(block_size, model.config.block_size)}
@@ -676,8 +676,8 @@ def find_model(checkpoint, name='model'):
 
 
 def make_model(config, checkpoint=None, name='model', spread=1.):
-    """A new model of this shape, or the model called name in a checkpoint; a normal one is grown if the shape
-    is that of a thinking one. Raises ValueError if there is no such model, or one of another shape."""
+    """A new model of this shape, or the model called name in a checkpoint; a normal one is grown if config
+    is a ThinkingModelConfig. Raises ValueError if there is no such model, or one of another shape."""
     if checkpoint is None:
         return MODELS[type(config).__name__][1](config)
     model = find_model(checkpoint, name)

@@ -540,7 +540,7 @@ BAD = {
         '--encoding=roman': 'must be one of int, digits', '--input_min=6': 'leaves no two numbers',
         '--heldout=1': 'must be between 0'},
     'add_think_blind': {
-        '--think_len=40': '2^17 codes', '--n_adds=40': 'too many to number',
+        '--think_len=40': 'min(2^17', '--n_adds=40': 'too many to number',
         '--advantage=ppo': 'must be one of balanced, softmax, best', '--epsilon=1.5': 'must be between 0',
         '--advantage=grpo': 'need rollouts: --search=False', '--epsilon=.1': 'need rollouts: --search=False',
         '--compile=True --search=False': 'steps that are alike',
