@@ -14,10 +14,10 @@ or shows it a step in between: it is paid log p(answer | question, thoughts).
 Each step: questions of one depth, that is, number of operations; G rollouts of thoughts each; cross-entropy
 on answers, and the policy gradient on thoughts with the group's mean as baseline (Dr. GRPO, Liu et al. 2025),
 without clipping, KL term or importance weights, as each rollout is used once. Questions get deeper if enough
-answers are right: what was an answer at one depth is worth thinking at the next.
+answers are right: the answer at one depth is a useful thought at the next.
 
-The answer is read where another thought would be written: the same weights work out a state, to answer or to
-think it. Thought t has the position of operation t, so steps look alike (position coupling, Cho et al. 2024).
+The answer is read where another thought would be written: the same weights work out a state as answer or as
+thought. Thought t has the position of operation t, so steps look alike (position coupling, Cho et al. 2024).
 """
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ baseline = 'group'            # 'group' | 'batch' | 'no_think': their mean, or a
 advantage = 'dr_grpo'         # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best' | 'batch_std' | 'quantile' |
                               # 'quantile_batch' | 'softmax_quantile' | 'softmax_centred': with baseline group
 tau = 1.                      # temperature of the three softmax
-code_price = 3.               # nats per log of how much too often a code is written, so that none is shared
+code_price = 3.               # nats per log of a thought's overuse, so that no two states share a thought
 epsilon = 0.                  # share of thoughts that are random; falls to zero over the first half
 entropy_weight = .05          # of a bonus for entropy of thoughts when a depth is new; a fifth of it stays
 eval_every = 500              # steps between evaluations, each with a checkpoint and samples
@@ -118,7 +118,7 @@ def n_thoughts(depth):
 
 
 def places(question):
-    """Positions (S,) of a question's tokens. recount: '=' is at the start: thoughts count as operations."""
+    """Positions (S,) of a question's tokens. recount: '=' sits at the start, thought t at operation t."""
     position = torch.arange(question.shape[1], device=question.device)
     position[-1] = questions.n_prefix if recount else position[-1]
     return position
@@ -145,7 +145,7 @@ state = run.restore({
     'depth': torch.tensor(1),           # greatest so far
     'since': torch.tensor(0),           # step at which it was new
     'accuracy': torch.tensor(0.),       # running mean of right answers at this depth
-    'frequency': torch.full((max(1, n_thoughts(k)), d_thought_vocab + 1), 1 / n_states)})      # of codes
+    'frequency': torch.full((max(1, n_thoughts(k)), d_thought_vocab + 1), 1 / n_states)})  # (T, L + 1)
 if knobs.checkpoint and knobs.checkpoint['script'] == knobs.script:     # what it has learned stays learned
     state['depth'] = knobs.checkpoint['depth'].clamp(max=k)
 
@@ -190,7 +190,7 @@ def losses(question, states, step):
         if baseline == 'no_think':      # what the lagged copy is to learn
             loss = loss + F.nll_loss(respond(question[::G], thought[::G, :0])[2], answer[::G])
         weights, seen = pay(question[::G], thought, answer[::G], log_p_answer.detach())
-        new = max(0, 1 - (step - state['since'].item()) / 300)      # falls from 1 to 0 after a depth was new
+        new = max(0, 1 - (step - state['since'].item()) / 300)      # 1 to 0 in a depth's first 300 steps
         bonus = entropy_weight / 5 + (entropy_weight - entropy_weight / 5) * new
         loss = loss - (weights * log_pi.sum(1).view(B, G)).sum(1).mean() - bonus * entropy.sum(1).mean()
         seen |= {'entropy': entropy.mean(), 'log_prob': log_pi.mean(), **concentration(weights)}
@@ -199,8 +199,8 @@ def losses(question, states, step):
 
 def pay(question, thought, answer, rewards):
     """
-    Weights (B, G) of rollouts with thoughts (B G, T), and what to log: they are paid rewards (B, G), log
-    p(answer), less what their thoughts cost, compared with a baseline.
+    Weights (B, G) of rollouts, and what to log. They are paid rewards (B, G), that is log p(answer), less
+    what their thoughts (B G, T) cost, compared with a baseline.
     """
     if not fixed:
         rewards = rewards - think_cost * model.n_thoughts(thought).view(rewards.shape)
@@ -216,7 +216,7 @@ def pay(question, thought, answer, rewards):
 
 
 def overuse(thought):
-    """What thoughts (N, T) cost at a price of 1: log of how much more often a code is written than is due."""
+    """Cost (N,) of thoughts (N, T) at a price of 1: summed logs of how far each exceeds its fair share."""
     used = F.one_hot(world.gather(thought) - n_tokens, d_thought_vocab + 1).float().mean(0)     # (T, L + 1)
     frequency = state['frequency'][:len(used)].lerp_(used, .1)
     share = frequency[torch.arange(len(used), device=used.device), thought - n_tokens]  # (N, T)
@@ -225,7 +225,7 @@ def overuse(thought):
 
 
 def add_copies(thought, at):
-    """Rollouts (B, n, T) behind copies that are cut short at shares `at` (B, n_cut) of their length."""
+    """Copies of rollouts (B, n, T) cut at shares `at` (B, n_cut) of their length, then all (B G, T)."""
     copies = thought[:, -at.shape[1]:]
     end = (at * (model.n_thoughts(copies) + 1)).long()                              # (B, n_cut)
     behind = torch.arange(thought.shape[2], device=end.device) >= end[..., None]
@@ -236,10 +236,10 @@ def add_copies(thought, at):
 # ---- evaluation ----
 
 @torch.no_grad()
-def test(depth, heldout=True, thought=None):
+def test(depth, unseen=True, thought=None):
     """Share of right answers, answers (n,), thoughts, questions (n, S) and their states (n, depth)."""
     generator = torch.Generator(world.device).manual_seed(seed + 1)
-    question, states = draw(eval_questions, depth, generator, heldout)
+    question, states = draw(eval_questions, depth, generator, unseen)
     if thought is None:
         noise = torch.rand(len(question), n_thoughts(depth), generator=generator, device=world.device)
         thought = think(question, states, noise, temperature=0)
@@ -252,7 +252,7 @@ def evaluate(step):
     """Report on questions of depth k, show a few, keep the best checkpoint. Returns the numbers."""
     heldout_accuracy, answers, thought, question, states = test(k)
     result = {'depth': state['depth'].item(), 'codes': len(thought.unique()),
-              'accuracy': test(k, heldout=False)[0], 'heldout_accuracy': heldout_accuracy}
+              'accuracy': test(k, unseen=False)[0], 'heldout_accuracy': heldout_accuracy}
     run.report(step, **result)
     run.show(config, question, thought, answers, states[:, -1], questions.names)
     run.save_best(step, heldout_accuracy, models, **state)
@@ -270,8 +270,8 @@ for step in run.steps(run.first_step if eval_only else max_steps):
             break
     schedule(optimizer, learning_rate, step, max_steps)
     greatest = state['depth'].item()
-    easier, less = torch.rand(2, generator=world.generator, device=world.device).tolist()
-    depth = 1 + int(less * (greatest - 1)) if greatest > 1 and easier >= hardest else greatest
+    coin, which = torch.rand(2, generator=world.generator, device=world.device).tolist()
+    depth = 1 + int(which * (greatest - 1)) if greatest > 1 and coin >= hardest else greatest
     question, states = (world.share(part) for part in draw(batch_size, depth))      # (B, S), (B, depth)
     with world.autocast:
         loss, right, seen = losses(question, states, step)
@@ -305,7 +305,7 @@ if n_thoughts(k):
     result['thoughts_at_depth'] = {depth: model.n_thoughts(found[2]).float().mean().item()
                                    for depth, found in tests.items()}
     result['thoughts'] = result['thoughts_at_depth'][k]
-    # how often each thought was written as the t-th when the state after t operations was this: (L, M)
+    # counts[thought, state], (L + 1, M): how often the t-th thought met the state after t operations
     T, counts = min(thought.shape[1], k), torch.zeros(d_thought_vocab + 1, n_states)
     at = thought[:, :T].cpu() - n_tokens, states[:, :T].cpu()
     counts.index_put_(at, torch.tensor(1.), accumulate=True)

@@ -13,13 +13,13 @@ The answering policy sees nothing but the thoughts. If L^T = M, an accuracy of 1
 
 Four methods decide which thoughts are learned:
 
-match      The answering policy scores codes for the inputs of the batch by log p(x | code): those that they
+match      The answering policy scores codes for a batch of inputs by log p(x | code): those the inputs
            own, and as many free ones. Codes are dealt anew, one to an input, the best scores first, and both
            policies learn the pairs. Expert iteration with a dealer, not a policy gradient.
 sinkhorn   The same with prices in place of owners, see balanced_target in utils.py.
 reinforce  The policy gradient (Williams 1992) on rollouts, paid log p(x | thoughts) - code_price * log(how
            often the code is written, relative to its share). A bonus for entropy starts near 1, where being
-           certain is worth as much as indifference, and falls slowly. The answering policy learns from all
+           certain pays no more than being random, and falls slowly. The answering policy learns from all
            rollouts. Left out: importance weights, clipping, what early thoughts do to later entropies.
 gumbel     The straight-through Gumbel-softmax (Jang et al. 2017): gradients pass through the thoughts.
 """
@@ -51,9 +51,9 @@ d_model = 64
 init = 'unit'                 # 'unit' | 'gpt2': activations of size one, or weights of std .02
 frozen = 'none'               # 'none' | 'thinking' | 'answering': the policy that does not learn
 rematch = True                # of match: deal codes in every step; False: only once
-unique = True                 # of match: one code to an input; False: each takes its best, whoever else does
+unique = True                 # of match: no two inputs share a code; False: each has its best, shared or not
 tau = .1                      # temperature of sinkhorn's target, of gumbel's softmax, of softmax advantages
-group_size = 256              # G: rollouts of an input, of reinforce as the next four
+group_size = 256              # G: of reinforce, as the next four: rollouts per input
 advantage = 'rloo'            # 'rloo' | 'grpo' | 'dr_grpo' | 'reinforce' | 'batch_std' | 'quantile' |
                               # 'quantile_batch' | 'softmax' | 'softmax_centred' | 'softmax_quantile' | 'best'
 code_price = 8.               # price of a code, in nats per log of how often it is written
@@ -77,7 +77,7 @@ if think_len < 1 or max(think_len * math.log2(d_thought_vocab), math.log2(input_
     fail(f'--think_len={think_len} must be at least 1, and at most 2^24 codes and inputs are possible: '
          f'd_thought_vocab={d_thought_vocab}, input_max={input_max}')
 n_codes = d_thought_vocab ** think_len
-n_slots = max(n_codes, input_max)       # slot s stands for code s % n_codes: few codes can have many owners
+n_slots = max(n_codes, input_max)       # slot s is code s % n_codes: with few codes, inputs have to share
 n_batch = min(batch_size, input_max)
 if method == 'sinkhorn' and input_max * n_codes > 2**26:
     fail(f'sinkhorn scores {input_max} inputs x {n_codes} codes, over 2^26: --method=match')
@@ -146,7 +146,7 @@ def draw_growth():
     write_atomic(run.folder / 'growth.html', figure.write_html)
 
 
-# ---- match and sinkhorn: which codes the inputs x (B,) of all processes are to have, (B,) ----
+# ---- match and sinkhorn: each returns codes (B,) for the inputs x (B,) of all processes ----
 
 @torch.no_grad()
 def score(codes, x):

@@ -668,7 +668,7 @@ def table(suite, only=()):
     def part(name):     # of this suite, or of the one that it names
         return SUITES[it[name]][name] if isinstance(it[name], str) else it[name]
 
-    it, found, lines, said = SUITES[suite], results(suite), [], []
+    it, found, lines, said, shared = SUITES[suite], results(suite), [], [], False
     rows, columns = part('rows'), part('columns')
     if 'ways' in it:        # to do the job of a row
         rows = {row: {'what': part('ways')[row.partition('.')[2]], 'job': rows[row.partition('.')[0]]['what']}
@@ -677,6 +677,7 @@ def table(suite, only=()):
         if only and row not in only and row.partition('.')[0] not in only:
             continue
         starts = [f'--{knob}=<{start.partition("@")[0]}>' for knob, start in own.get('start', {}).items()]
+        shared = shared or 'script' not in own
         other = [f'python {own["script"]}.py'] if 'script' in own else []
         changes = ' '.join([*other, *own.get('knobs', '').split(), *starts])
         at = f' at {own["at"]}' if 'at' in own else ''
@@ -694,7 +695,7 @@ def table(suite, only=()):
             on = re.sub(r'\(R\)| Processor|NVIDIA | 80GB HBM3|\+cpu|\+cu\w+', '', on)
             n = len(line['runs']) if on and 'ways' not in it else ''
             lines.append(shown | {'seeds': n, 'on': on})
-    if it.get('script') and not all('script' in own for own in rows.values()):
+    if shared and 'script' in it:
         command = f'python {it["script"]}.py {it.get("knobs", "")}'.strip()
         said.append(f'`{command}`')
     said += [f'at {it["at"]}'] if 'at' in it else []

@@ -81,7 +81,7 @@ seed = 0                      # of weights, prefixes and rollouts
 device = 'auto'               # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'             # 'float32' | 'bfloat16'
 compile = False               # write as one CUDA graph of fused kernels: faster, a minute later
-init_from = 'scratch'         # scratch, resume, a checkpoint, or a GPT-2 by hub name; math: as reference
+init_from = 'scratch'         # scratch, resume, a checkpoint, a GPT-2's hub name; math: folder, hub name
 page = False                  # write samples.html: texts and thoughts before and after training
 eval_only = False             # evaluate, train nothing, write nothing
 out_dir = ''                  # folder of the run; empty: out/rollout_think/<changed knobs>
@@ -131,7 +131,7 @@ def load_reference():
 
 
 def judge_by_characters(judge, tokenizer, prefix, text):
-    """The same by a model with other tokens: the log p of each is shared out evenly to its characters."""
+    """The same with other tokens: their log p, summed up to each character, is read where ours end."""
     ours = [decode(row) for row in torch.cat([prefix, text], dim=1).tolist()]
     theirs = tokenizer([''.join(row) for row in ours], add_special_tokens=False, return_offsets_mapping=True)
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -147,7 +147,7 @@ def judge_by_characters(judge, tokenizer, prefix, text):
 
 
 def cut(tokens, starts):
-    """Prefixes (B, prefix_len) that start there, and how they really go on (B, text_len)."""
+    """Prefixes (B, prefix_len) of tokens at starts (B,), and what follows (B, text_len)."""
     rows = tokens[starts.numpy()[:, None] + np.arange(n_cut)].astype(np.int64)
     return torch.from_numpy(rows).to(world.device).split([prefix_len, text_len], dim=1)
 
@@ -185,7 +185,7 @@ def write(prefix, noise, text=None):
 
 
 def strip(tokens):
-    """The text (N, n) in rollouts (N, T), and which token of it each of them is, or leads to, (N, T)."""
+    """Text (N, n) of rollouts (N, T); for each token, the index in it of this or the next normal one."""
     normal = tokens < d_vocab
     place = (normal.cumsum(1) - normal.long()).clamp(max=text_len - 1)
     return tokens[normal].view(-1, text_len), place
@@ -215,7 +215,7 @@ def repeats(text, n=4):
 
 
 def pay(prefix, text, own):
-    """What texts (N, n), written with log p own (N, n), are paid at each token (N, n); what to log."""
+    """Discounted rewards (N, n) of tokens of texts (N, n) with own log p (N, n); and what to log."""
     log_p, log_p_start = judged(prefix, text), models['start'].log_probs(prefix, text, range(d_vocab))[0]
     kl, again = own - log_p_start, repeats(torch.cat([prefix, text], dim=1))[:, prefix_len:]
     rewards = log_p - entropy_weight * own - kl_weight * kl - repeat_cost * again
@@ -280,8 +280,8 @@ def evaluate_texts(step):
 @torch.no_grad()
 def write_page():
     """samples.html: ten prefixes go on, before and after training, and what each thought changed."""
-    page = ('<!doctype html><meta charset="utf-8"><style>body{max-width:50em;'
-            'margin:auto;font:16px serif;white-space:pre-wrap}i{color:#999}b{color:#088;cursor:help}</style>')
+    page = ('<!doctype html><meta charset="utf-8"><style>body{max-width:50em;margin:auto;font:16px serif;'
+            'white-space:pre-wrap;overflow-wrap:anywhere}i{color:#999}b{color:#088}</style>')
     for title, by in (('Before', models['start']), ('After', model)):
         page += f'<h2>{title}</h2>'
         torch.manual_seed(seed)
@@ -348,7 +348,7 @@ if reward == 'math':
     longest, room = text_len, getattr(model.config, 'max_position_embeddings', math.inf)
     if n_read > room:
         fail(f'{init_from} reads {room} tokens, problems with their solutions have up to {n_read}')
-    # greedy, as solve samples by itself, and without other settings of its makers
+    # greedy, since solve samples on its own, and free of its makers' settings
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     model.generation_config = need('transformers', '').GenerationConfig(

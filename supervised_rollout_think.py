@@ -57,8 +57,8 @@ at_once = 8                   # thoughts per pass, each from its own part of the
 fixed = True                  # always T thoughts; False: up to T, end_thought ends them
 think_cost = .01              # what a thought costs if their number is not fixed, nats
 group_size = 4                # G: rollouts of a position, if thoughts are tokens
-gate = 'open'                 # 'open' | 'learned' | 'none' | 'closed': which states predict: without thoughts
-                              # plus g times with, g learned from 1 or from 0; only with; only without
+gate = 'open'                 # 'open' | 'learned' | 'none' | 'closed': plain + g * thinking state, with g
+                              # learned from 1; with g learned from 0; thinking state only; plain only
 policy_weight = 1.            # of the policy gradient, if thoughts are tokens; 0: they are not trained
 baseline = 'group'            # 'group' | 'no_think': mean of the rollouts, or a lagged copy without thoughts
 entropy_weight = .01          # of a bonus for the entropy of thoughts that are paid; falls to zero
@@ -97,7 +97,7 @@ temperature = 1. if thought_kind == 'token' else 0.     # of thoughts; 0 takes t
 # ---- data ----
 
 train_set, val_set, d_vocab, decode = load_text(data)
-if min(len(train_set), len(val_set)) < text_len + 2:
+if min(len(train_set), len(val_set)) < text_len + 1:
     fail(f'{data} has no {text_len + 1} tokens in a row: a smaller --text_len')
 train_set, val_set = (sliding_window_view(text, text_len + 1) for text in (train_set, val_set))   # (n, S + 1)
 
@@ -131,7 +131,7 @@ run = Run(knobs, world, [optimizer])
 # ---- thinking and predicting ----
 
 def think(x, noise, temperature=temperature, given=None):
-    """What think_everywhere in model.py returns for text x (B, S) and noise (N, S, T), or given thoughts."""
+    """Thoughts, log p, entropies, all as noise (N, S, T), states without, with; see think_everywhere."""
     if not think_len:
         states = model.hidden(x)
         return noise, noise, noise, states, states
@@ -190,7 +190,7 @@ learn = by_reward if paid else by_gradient if think_len else ordinary
 
 @torch.no_grad()
 def test():
-    """Losses (n, S) on val with own greedy thoughts, others in their place (utils.ablations), and none."""
+    """{name: losses (n, S)} on val with own greedy thoughts, others (see utils.ablations), and none."""
     generator, parts = torch.Generator(world.device).manual_seed(seed), []
     index = torch.linspace(0, len(val_set) - 1, eval_sequences).long()
     for some in index.split(max(1, 4096 // text_len)):

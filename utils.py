@@ -1,4 +1,4 @@
-"""What several scripts share. Last come fast paths, which change no result: skip them at first."""
+"""What scripts share. Last come fast paths, which change no result: skip them at first."""
 import codecs
 import contextlib
 import difflib
@@ -62,12 +62,12 @@ def need(package, purpose):
 LIMITS = {name: limits for limits, names in {  # smallest and largest value; others: 0 and 2^31
     (1, 2**31): 'max_steps inner_steps eval_every eval_questions log_every n_tokens seeds parallel',
     (1, 2**20): 'batch_size group_size d_thought_vocab d_model text_len eval_sequences eval_prefixes '
-                'prefix_len n_problems', (2, 2**31): 'input_max n_questions',
+                'prefix_len', (1, 10**5): 'n_problems', (2, 2**31): 'input_max n_questions',
     (1, 2**12): 'n_layer n_head n_adds k n_letters at_once', (0, 2**12): 'think_len k_test',
     (1e-6, 1e9): 'tau max_seconds', (1e-3, 1e3): 'temperature',
     (0, 1): 'epsilon hardest advance_at beta2', (0, .99): 'heldout val_share dropout',
 }.items() for name in names.split()}
-# may differ when a run is resumed, do not name its folder
+# can change when a run is resumed; not in its folder name
 FREE = 'init_from eval_only out_dir max_steps max_seconds eval_every log_every wandb_mode plot page'.split()
 # decide which questions are held out, and stay with the weights
 SPLIT = set('seed heldout input_min input_max n_adds task n_letters k'.split())
@@ -80,8 +80,8 @@ class Knobs(dict):
 def read_knobs(file, script_globals, pretrained=False):
     """A script's knobs: lines `name = value  # meaning, unit` below the banner "knobs", 'a' | 'b' are
     choices. They are overridden by --name=value and put into its globals. --help prints them. With
-    init_from=resume the checkpoint gives what is not given; the path of a checkpoint of the same script gives
-    SPLIT. pretrained: other paths are left to the script.
+    init_from=resume knobs not given come from the checkpoint; with a checkpoint of the same script only
+    those in SPLIT. pretrained: other paths are the script's.
     """
     block = Path(file).read_text().partition('# ---- knobs ----')[2].partition('\n# ----')[0].strip()
     if {'-h', '--help'} & set(sys.argv[1:]):
@@ -175,15 +175,15 @@ class World:
         self.generator = torch.Generator(self.device).manual_seed(knobs['seed'])
 
     def share(self, x):
-        """This process's rows of a tensor of the whole batch."""
+        """This process's rows of the whole batch."""
         return x.chunk(self.size)[self.rank] if self.size > 1 else x
 
     def draw(self, kind, *shape):
-        """This process's rows of random numbers of the batch. kind: torch.rand or randn."""
+        """This process's rows of the batch's random numbers. kind: torch.rand or randn."""
         return self.share(kind(*shape, generator=self.generator, device=self.device))
 
     def gather(self, x):
-        """The whole batch's tensor from every process's rows."""
+        """The whole batch, from every process's rows."""
         if self.size == 1:
             return x
         whole = x.new_empty(self.size * len(x), *x.shape[1:])
@@ -194,12 +194,12 @@ class World:
         """Average gradients over processes, in place."""
         if self.size > 1:
             grads = [p.grad for p in parameters if p.grad is not None]
-            flat = torch.nn.utils.parameters_to_vector(grads)  # one message is faster than many
+            flat = torch.nn.utils.parameters_to_vector(grads)  # one message, not many
             dist.all_reduce(flat)
             torch.nn.utils.vector_to_parameters(flat / self.size, grads)
 
     def peak_memory_mb(self):
-        """The most memory this process has used, of its GPU if it has one; None on Windows."""
+        """The most memory used so far, of the GPU if there is one; None on Windows."""
         if self.device.type == 'cuda':
             return round(torch.cuda.max_memory_allocated() / 2**20)
         with contextlib.suppress(ImportError):
@@ -229,7 +229,7 @@ def write_atomic(path, write):
 
 
 def load_checkpoint(path, missing='no checkpoint'):
-    """Read a checkpoint, in which nothing can run. Fails in one line."""
+    """Read a checkpoint, in which nothing can run; or fail."""
     if not os.path.isfile(path):
         fail(f'{missing}: {path} is not there')
     try:
@@ -270,7 +270,7 @@ class Run:
             fail(f'cannot write to {self.folder}: {error.strerror or "another run is writing to it"}')
 
     def restore(self, state):
-        """What a script keeps between steps, {name: tensor}, as given or from the resumed run."""
+        """What a script keeps between steps, {name: tensor}: given, or from the resumed run."""
         old = self.resumed or state
         return {name: old[name].to(self.world.device) for name in state}
 
@@ -307,7 +307,7 @@ class Run:
             fail(f'wandb: {error}')
 
     def seconds(self):
-        """Seconds of this run, those before it was resumed too."""
+        """Seconds of this run, before it was resumed too."""
         return time.time() - self.start
 
     def steps(self, last):
@@ -364,14 +364,14 @@ class Run:
         return {'samples': need('wandb', '').Html(f'<table>{rows}</table>')} if rows else {}
 
     def report(self, step, **numbers):
-        """Log and print an evaluation; its last two numbers stand behind the progress bar."""
+        """Log and print an evaluation; the progress bar shows its last two numbers."""
         self.log(step, **numbers)
         shown = {name: f'{value:.4g}' for name, value in numbers.items()}
         self.print(f'step {step}: ' + ', '.join(f'{name} {value}' for name, value in shown.items()))
         self.bar.set_postfix(dict(list(shown.items())[-2:]))
 
     def save(self, step, models, file='ckpt.pt', **state):
-        """Write a checkpoint of models and tensors by name, to continue from bit for bit."""
+        """Write a checkpoint of models and tensors by name, to resume with equal bits."""
         if self.writes:
             checkpoint = {
                 'script': self.knobs.script, 'knobs': dict(self.knobs), 'step': step, 'best': self.best,
@@ -408,7 +408,7 @@ class Run:
 
 
 def git_commit():
-    """The commit of this checkout, + if its files differ from it; None outside one."""
+    """This checkout's commit, + if its files differ from it; None outside one."""
     command = 'git describe --always --abbrev=40 --exclude=* --dirty=+'.split()
     with contextlib.suppress(OSError):  # where there is no git
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -416,7 +416,7 @@ def git_commit():
 
 
 def peak_flops(device):
-    """Dense bfloat16 operations per second of an H100, by its data sheet; None on a CPU."""
+    """Dense bfloat16 operations per second of an H100 (data sheet); None on a CPU."""
     return 989e12 if device.type == 'cuda' else None
 
 
@@ -428,7 +428,7 @@ def digits(numbers, width, base=10):
 
 
 def addition_questions(input_min, input_max, heldout, seed, n_adds=2, n_max=10**6):
-    """Rows (n, n_adds) of numbers below input_max, n_max at most: to train on, held out. Or ValueError."""
+    """Two sets of rows (n, n_adds) of numbers, n_max in all: to train on, held out. Raises ValueError."""
     generator, n_numbers = torch.Generator().manual_seed(seed), input_max - input_min
     n_rows = n_numbers ** n_adds
     if n_rows > 2**62:
@@ -448,8 +448,8 @@ class SerialTask:
 
     'add'   a running total modulo a prime; an operation is + c, or x c with c > 0
     'plus'  only additions, modulo any number
-    'perm'  of n states; an operation is one of n_letters random permutations
-    's5'    of the 120 permutations of five things; an operation is one of n_letters
+    'perm'  n states; operations are n_letters random permutations of them
+    's5'    states are the 120 permutations of 5 things; operations, n_letters of them
     'hop'   a random mapping f of n elements, as tokens v>f(v); every operation is f
     'sort'  n_letters numbers below n, in place of a start; an operation asks for the next
 
@@ -511,10 +511,10 @@ class SerialTask:
 
 
 def gpt2_encoding():
-    """tiktoken's encoding of GPT-2. Fails in one line if its files are missing."""
+    """tiktoken's encoding of GPT-2. Fails if its files are missing."""
     try:
         return need('tiktoken', "for GPT-2's tokens").get_encoding('gpt2')
-    except Exception as error:  # networks fail in many ways
+    except Exception as error:  # networks raise many kinds
         fail(f"no files of GPT-2's tokens, TIKTOKEN_CACHE_DIR may name their folder: {error}")
 
 
@@ -551,7 +551,7 @@ def load_problem(line):
     """{question, answer, level}, text, from a line of JSON of our form, GSM8K or MATH. Raises ValueError."""
     row = json.loads(line)
     if not isinstance(row, dict):
-        raise ValueError('it is not of the form {...}')
+        raise ValueError('it is no {...}')
     question, answer = row.get('question', row.get('problem')), row.get('answer')
     answer = boxed(str(row.get('solution'))) if answer is None else str(answer).rpartition('####')[2]
     if not isinstance(question, str) or not answer or not answer.strip():
@@ -561,7 +561,7 @@ def load_problem(line):
 
 
 def load_problems(path, levels=''):
-    """Two or more problems from a file of JSON lines, by level. levels: '1,2'; empty: all."""
+    """Two or more problems of a file of JSON lines, by level. levels: '1,2'; empty: all."""
     problems, wrong = [], f'no problems in {path}'
     try:
         for n, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
@@ -589,7 +589,7 @@ def value(answer):
 
 
 def grade(solution, answer):
-    """Whether a solution gives the answer, in its last box or as its last number; whether it has one box."""
+    """Whether a solution gives the answer, in the last box or as the last number; whether it has one box."""
     given = boxed(solution)
     numbers = re.findall(r'(?:(?<![\d.])-)?\d+(?:,\d{3})*(?:\.\d+)?', solution) if given is None else [given]
     right = bool(numbers) and value(numbers[-1]) == value(answer)
@@ -609,7 +609,7 @@ def make_optimizer(model, learning_rate, weight_decay, betas=(.9, .98), recorded
 
 
 def schedule(optimizer, learning_rate, step, max_steps, warmup_steps=50, cosine=False):
-    """Warm-up, then linear decay to 0 over the second half; cosine: from there on, down to a tenth."""
+    """Warm-up, then linear decay to 0 over the second half; cosine: from warm-up on, to a tenth."""
     factor = 2 * (1 - step / max_steps)
     if cosine:
         done = max(0, step - warmup_steps) / max(1, max_steps - warmup_steps)
@@ -620,7 +620,7 @@ def schedule(optimizer, learning_rate, step, max_steps, warmup_steps=50, cosine=
 
 
 def fused(function):
-    """Compile a function where a recorded one with fuse=True calls it."""
+    """Compile a function, but only inside recorded(..., fuse=True)."""
     compiled = functools.cache(lambda: torch.compile(function, dynamic=False))
 
     @functools.wraps(function)
@@ -630,7 +630,7 @@ def fused(function):
     return run
 
 
-uncompiled_cumsum = torch.compiler.disable(lambda p: p.cumsum(-1))
+long_cumsum = torch.compiler.disable(lambda p: p.cumsum(-1))  # torch 2.11 cannot compile it
 
 
 @fused
@@ -646,16 +646,16 @@ def sample(logits, noise, temperature=1., epsilon=0., bias=0.):
     log_p = (log_p / temperature).log_softmax(-1)
     if epsilon:
         log_p = ((1 - epsilon) * log_p.exp() + epsilon / log_p.shape[-1]).log()
-    p = log_p.exp()  # torch 2.11 cannot compile a long cumsum over few rows
-    below = p.cumsum(-1) if p.shape[-1] <= 8192 else uncompiled_cumsum(p)  # (N, V) distribution function
-    target = noise[:, None] * below[:, -1:] * (1 - 2**-22)  # strictly below its last value
+    p = log_p.exp()
+    below = p.cumsum(-1) if p.shape[-1] <= 8192 else long_cumsum(p)  # (N, V) distribution function
+    target = noise[:, None] * below[:, -1:] * (1 - 2**-22)  # below its last value
     return (below <= target).sum(-1)
 
 
 # ---- what rollouts are worth, and whether thoughts are used ----
 
 def finite(rewards, otherwise=0.):
-    """Rewards (N, G), infinite ones replaced by the largest and smallest finite of a group, or otherwise."""
+    """Rewards (N, G), infinite ones clamped to the group's finite ones; if it has none, `otherwise`."""
     known = rewards.isfinite()
     low = rewards.masked_fill(~known, torch.inf).amin(1, keepdim=True)
     high = rewards.masked_fill(~known, -torch.inf).amax(1, keepdim=True)
@@ -792,7 +792,7 @@ def show_tokens(tokens, config, decode=lambda tokens: map(str, tokens), between=
 
 
 def picture(n_panels, title, heights=None):
-    """An empty plotly figure of panels, one below the other, each with a second scale on its right."""
+    """An empty plotly figure of panels, one below the other, with a second scale on the right."""
     figure = need('plotly.subplots', 'to draw pictures').make_subplots(
         n_panels, 1, row_heights=heights, specs=[[{'secondary_y': True}]] * n_panels)
     return figure.update_layout(title=title, width=900, height=800, legend={'orientation': 'h'})
@@ -877,7 +877,7 @@ def attention(q, k, v, mask=None, dropout=0.):
     """F.scaled_dot_product_attention for the last Sq of Sk tokens, fastest. mask: as there; None: causal."""
     n_query, n_key, few = q.shape[2], k.shape[2], k.shape[2] <= FEW
     if n_key == 1 and not dropout:
-        return v  # computed, its weight has a gradient of rounding error, which Adam blows up
+        return v  # or its weight would get a gradient of rounding error, which Adam blows up
     if mask is None and (few or n_query not in (1, n_key)):
         mask = causal(n_query, n_key, q.device)
     if not few:
@@ -942,12 +942,12 @@ def distinct(numbers):
 
 def think_merged(model, cache, question, choices, noise, stop, temperature, epsilon):
     """GPT2Thinking.think(grad=True) from an empty cache: rollouts that are alike so far are read once."""
-    def alike(which, column):  # numbers rows (N,) by their old number and a token (N,); one row (n,) of each
+    def alike(which, column):  # group (N,) of each row, by its old group and a token (N,); one row (n,) each
         which = (which * (column.max() + 1) + column).unique(return_inverse=True)[1]
         one = torch.empty_like(which[:which.max() + 1])
         return which, one.scatter_(0, which, torch.arange(len(which), device=which.device))
 
-    which = torch.zeros_like(question[:, 0])  # (N,) the number of what each row has read so far
+    which = torch.zeros_like(question[:, 0])  # (N,) group: rows that have read the same so far
     for column in question.T:
         which, rows = alike(which, column)
     new, alive, written = question[rows], torch.ones_like(which, dtype=torch.bool), []

@@ -16,9 +16,9 @@ import torch
 import utils
 from model import GPT2, ModelConfig
 
-torch.set_num_threads(1)    # tiny models are faster so
+torch.set_num_threads(1)  # tiny models are faster so
 ROOT = Path(__file__).parent.parent
-TEXT = tempfile.TemporaryDirectory()    # 40 words of 14 characters, again and again, and models for them
+TEXT = tempfile.TemporaryDirectory()  # 40 words of 14 characters, again and again, and models for them
 TORCHRUN = sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'
 ALL = ['--n_head=2', '--d_model=16', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu']
 OF_TEXT = [*ALL, f'--data={TEXT.name}', '--n_layer=1', '--d_thought_vocab=5', '--warmup_steps=2']
@@ -38,7 +38,7 @@ TINY = {
 # tiny data in the form that prepare_data.py leaves
 characters = sorted('\n abcdefghijkl')
 words = np.random.default_rng(0).integers(2, len(characters), size=(40, 4))
-text = np.pad(words, ((0, 0), (0, 1)), constant_values=1).flatten()     # a space behind each word
+text = np.pad(words, ((0, 0), (0, 1)), constant_values=1).flatten()  # a space behind each word
 for part, n in (('train', 20), ('val', 3)):
     np.tile(text, n).astype(np.uint16).tofile(f'{TEXT.name}/{part}.bin')
 meta = {'tokenizer': 'char', 'characters': characters, 'd_vocab': len(characters)}
@@ -107,7 +107,7 @@ def interrupt(step, run_here, *arguments):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(utils.Run, 'log', breaks)
         run_here(*arguments)
-    gc.collect()        # closes its files, as the end of a process does
+    gc.collect()  # closes its files, as the end of a process does
 
 
 def metrics(folder):

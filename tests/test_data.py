@@ -40,7 +40,7 @@ def run_data(run_here, tmp_path):
     """Run the script: (exit code, stdout, stderr)."""
     def run_data(*arguments):
         ran = run_here('prepare_data', f'--out_dir={tmp_path}/data', *arguments)
-        gc.collect()        # closes its files, as the end of a process does
+        gc.collect()  # closes its files, as the end of a process does
         return ran
     return run_data
 
@@ -107,7 +107,7 @@ def test_documents_of_a_folder(prepare, tmp_path, encoding):
     assert (meta['train_characters'], meta['train_bytes']) == (49, 49 + 1 + 25)
     assert (meta['val_characters'], meta['val_bytes']) == (6, 12)
 
-    (tmp_path / 'val.txt').write_text('ö <|endoftext|>')     # a text cannot fake the mark
+    (tmp_path / 'val.txt').write_text('ö <|endoftext|>')  # a text cannot fake the mark
     both = '--dataset=text', f'--path={tmp_path}/books', f'--val_path={tmp_path}/val.txt'
     _, meta, train, val = prepare(*both)
     assert encoding.decode(train) == ''.join(f'<|endoftext|>{text}' for text in texts.values())
@@ -135,7 +135,7 @@ def test_pieces_have_the_tokens_of_the_whole_text(prepare, encoding, tmp_path):
 def test_addition(prepare):
     _, meta, *data = prepare('--dataset=addition', '--n_questions=15000', '--seed=3')
     assert characters(meta, range(13)) == '0123456789+=\n'
-    asked = addition_questions(10000, 100000, .1, 3, n_max=15000)       # by add_normal.py too
+    asked = addition_questions(10000, 100000, .1, 3, n_max=15000)  # by add_normal.py too
     for tokens, rows in zip(data, asked, strict=True):
         assert characters(meta, tokens) == ''.join(f'{a:05}+{b:05}={a + b:06}\n' for a, b in rows.tolist())
     _, meta, train, val = prepare('--dataset=addition', '--input_min=0', '--input_max=12', '--val_share=.5')
@@ -204,7 +204,7 @@ def test_two_runs_do_not_write_to_one_folder(refused, tmp_path):
 
 
 def test_fineweb_goes_on_where_it_was(prepare, refused, run_data, tmp_path, monkeypatch, encoding):
-    stream = {'breaks': 0, 'skipped': None}     # breaks off once before this document; documents skipped last
+    stream = {'breaks': 0, 'skipped': None}  # breaks off once before this document; documents skipped last
     def skip(n):
         stream['skipped'] = n
         for i in range(n, 5000):
@@ -232,7 +232,7 @@ def test_fineweb_goes_on_where_it_was(prepare, refused, run_data, tmp_path, monk
         assert json.loads((folder / 'meta.json.part').read_text())['pieces'] == 1000
         assert (folder / 'train.bin').exists() and not (folder / 'meta.json').exists()
     break_off()
-    assert prepare(*arguments)[1] == meta and stream['skipped'] == 1000     # with the checksums of both files
+    assert prepare(*arguments)[1] == meta and stream['skipped'] == 1000  # with the checksums of both files
 
     # what another data set left half-written in this folder is not taken for the documents that are done
     break_off()
@@ -277,7 +277,7 @@ def test_without_a_network(refused, prepare, tmp_path, monkeypatch):
         raise OSError('Name or service not known')
     monkeypatch.setattr('urllib.request.urlopen', offline)
     refused('pass a copy of it by --path=input.txt', '--dataset=shakespeare')
-    monkeypatch.setattr('urllib.request.urlopen', lambda *_, **__: open(__file__, 'rb'))    # another page
+    monkeypatch.setattr('urllib.request.urlopen', lambda *_, **__: open(__file__, 'rb'))  # another page
     refused('it is not what it was')
     monkeypatch.setitem(sys.modules, 'datasets', None)
     refused('pip install datasets', '--dataset=fineweb_edu')

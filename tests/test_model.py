@@ -1,10 +1,5 @@
 """model.py: agreement with transformers, fast paths against slow ones, causality, positions, growing."""
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +8,7 @@ import transformers
 import utils
 from model import (GPT2, GPT2Thinking, KVCache, ModelConfig, ThinkingModelConfig, from_pretrained, make_model,
                    save_pretrained, unpack)
-from utils import attend_to_cache, attention, pack, recorded, sample
+from utils import attention, pack, recorded, sample
 
 SMALL = dict(block_size=24, n_layer=2, n_head=4, d_model=32)
 POSITIONS = ['learned', 'rotary', 'relative']
@@ -83,7 +78,7 @@ def test_what_is_no_gpt2_is_refused_in_one_line(tmp_path):
 
 # ---- the network
 
-@pytest.mark.parametrize('few', [0, 100])       # attention of PyTorch, and written out
+@pytest.mark.parametrize('few', [0, 100])  # attention of PyTorch, and written out
 @pytest.mark.parametrize('n_query, n_key', [(1, 1), (1, 6), (6, 6), (3, 6)])
 def test_attention_equals_its_definition(few, n_query, n_key, monkeypatch):
     monkeypatch.setattr(utils, 'FEW', few)
@@ -101,14 +96,14 @@ def test_attention_equals_its_definition(few, n_query, n_key, monkeypatch):
             torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize('length', [5, 20])     # both forms of attention
+@pytest.mark.parametrize('length', [5, 20])  # both forms of attention
 @pytest.mark.parametrize('kind', POSITIONS)
 def test_causality(length, kind):
     model = small_model(position_encoding=kind)
     tokens = tokens_for(model, 2, length)
     changed = tokens.clone()
     changed[:, 3] = (changed[:, 3] + 1) % 50
-    difference = (model(changed) - model(tokens)).abs().amax(-1)        # (2, length)
+    difference = (model(changed) - model(tokens)).abs().amax(-1)  # (2, length)
     assert difference[:, :3].max() < 1e-5 and difference[:, 3:8].min() > 1e-3
 
 
@@ -152,7 +147,7 @@ def test_loss_in_chunks_is_the_loss(monkeypatch):
             torch.testing.assert_close(ours, grad, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings('ignore')      # torch.compile's own
+@pytest.mark.filterwarnings('ignore')  # torch.compile's own
 def test_what_is_fused_is_one_graph():
     model, how = small_thinker(), dict(backend='eager', fullgraph=True)
     tokens = tokens_for(model, 3, 5)
@@ -164,7 +159,7 @@ def test_what_is_fused_is_one_graph():
     torch.testing.assert_close(torch.compile(model.loss, **how)(*args), model.loss(*args))
 
 
-@pytest.mark.filterwarnings('ignore')      # torch.compile's own
+@pytest.mark.filterwarnings('ignore')  # torch.compile's own
 @on_gpu
 @pytest.mark.parametrize('kind', ['learned', 'rotary'])
 @pytest.mark.parametrize('n_rows, G', [(1, 1), (1, 3), (70, 3)])
@@ -181,35 +176,6 @@ def test_thoughts_on_a_gpu_equal_uncached(kind, n_rows, G):
     as_graph(prompt, noise)
     for fast in (think(prompt, noise), as_graph(prompt, noise)):
         assert torch.equal(fast, slow)
-
-
-def check_kernel():
-    """attend_to_cache against attention; by Triton's interpreter, see the next test."""
-    for d_head, n_head, n_rows in ((16, 3, 1), (32, 2, 3), (16, 6, 84)):       # up to 500 heads, and more
-        config = ModelConfig(n_head=n_head, d_model=n_head * d_head, n_layer=1)
-        caches = [KVCache(config, n_rows, 160, torch.device('cpu'), torch.float32) for _ in range(2)]
-        caches[0].fast = True       # else it does not count on the device
-        for n in (140 if n_rows == 1 else 33, 1, 1):
-            qkv = torch.randn(n_rows, n, 3 * config.d_model).chunk(3, dim=-1)
-            q, k, v = (x.view(n_rows, n, n_head, d_head).transpose(1, 2) for x in qkv)
-            if n == 1:
-                expected = attention(q, *caches[1].append(0, k, v))
-                attended = attend_to_cache(0, q, k, v, caches[0])
-                torch.testing.assert_close(attended, expected, atol=1e-5, rtol=0)
-            for cache in caches:
-                cache.append(0, k, v)
-                cache.grow(n)
-
-
-def test_the_kernel_by_tritons_interpreter():
-    triton = pytest.importorskip('triton')
-    if triton.__version__ < '3.7' and numpy.__version__ >= '2.4':
-        pytest.skip('NumPy from 2.4 needs Triton from 3.7: its arrays of one number are no integers')
-    folder = Path(__file__).parent
-    paths = os.pathsep.join(map(str, [folder, folder.parent, *sys.path]))
-    env = {'TRITON_INTERPRET': '1', 'PYTHONPATH': paths}
-    command = [sys.executable, '-c', 'from test_model import check_kernel; check_kernel()']
-    subprocess.run(command, env=os.environ | env, check=True)
 
 
 # ---- generation and thoughts
@@ -312,7 +278,7 @@ def test_growing_leaves_the_old_logits(tied):
     torch.testing.assert_close(grown(tokens)[..., :50], model(tokens), atol=1e-5, rtol=0)
     assert (grown.lm_head.weight is grown.wte.weight) == tied
     assert len(grown.wte.weight[50:].unique(dim=0)) == 6
-    grown.think(tokens, 3)      # longer than the old one could read
+    grown.think(tokens, 3)  # longer than the old one could read
 
 
 def test_models_in_checkpoints():
@@ -388,13 +354,13 @@ def test_thoughts_that_later_positions_read_equal_one_pass_with_one_mask():
     model = text_model()
     tokens, noise = torch.randint(11, (3, 9)), torch.rand(3, 9, 3)
     thoughts, *_, last = model.think_everywhere(tokens, noise, readers='later')
-    sequence = torch.cat([tokens, *thoughts.unbind(-1)], dim=1)                 # (3, 36), by step
+    sequence = torch.cat([tokens, *thoughts.unbind(-1)], dim=1)  # (3, 36), by step
     step, position = torch.arange(36) // 9, torch.arange(36) % 9
     visible = (step <= step[:, None]) & (position <= position[:, None])
     states = model.layers(model.embed(sequence), None, step + position, visible)
     torch.testing.assert_close(last, states[:, -9:], atol=1e-4, rtol=0)
     own = model.think_everywhere(tokens, noise, given=thoughts)[-1]
-    torch.testing.assert_close(own[:, 0], last[:, 0], atol=1e-4, rtol=0)       # the first has none before it
+    torch.testing.assert_close(own[:, 0], last[:, 0], atol=1e-4, rtol=0)  # the first has none before it
     assert (own - last)[:, 1:].abs().amax(-1).min() > .01
 
 
@@ -418,12 +384,12 @@ def test_thoughts_written_at_once_are_one_of_their_product():
     thoughts, log_probs, entropies, plain, last = model.think_everywhere(tokens, noise, at_once=2)
     assert ((thoughts - 11) // 3).unique(dim=0).tolist() == [[[0, 1, 0, 1]] * 7]
     both = model.logits(plain, range(11, 17)).unflatten(-1, (2, 3)).log_softmax(-1).repeat_interleave(2, 0)
-    pair = both[..., 0, :, None] + both[..., 1, None, :]                        # (6, 7, 3, 3)
+    pair = both[..., 0, :, None] + both[..., 1, None, :]  # (6, 7, 3, 3)
     choices = torch.distributions.Categorical(logits=pair.flatten(2))
     index = (thoughts[..., 0] - 11) * 3 + thoughts[..., 1] - 14
     torch.testing.assert_close(log_probs[..., :2].sum(-1), choices.log_prob(index))
     torch.testing.assert_close(entropies[..., :2].sum(-1), choices.entropy())
-    given = 11 + (thoughts - 11) % 3        # as ablations may give them
+    given = 11 + (thoughts - 11) % 3  # as ablations may give them
     again = model.think_everywhere(tokens, noise, at_once=2, given=given)
     assert torch.equal(again[1], log_probs) and torch.equal(again[2], entropies)
     with pytest.raises(ValueError, match='at_once=4 does not divide 4 thoughts and 6 tokens'):

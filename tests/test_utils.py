@@ -78,14 +78,14 @@ def test_shares_with_more_and_with_fewer_codes_than_answers():
 def by_hand(name):
     """Weights times G of the first rewards in the test below, with tau=.5 and baseline=1."""
     rewards, normal = torch.tensor([0., 3., 1., 1.]), torch.distributions.Normal(0., 1.).icdf
-    ranks = normal(torch.tensor([.125, .875, .5, .5]))      # 1, 4, 2.5, 2.5 of 4; their mean is 0
+    ranks = normal(torch.tensor([.125, .875, .5, .5]))  # 1, 4, 2.5, 2.5 of 4; their mean is 0
     # in the batch: 0 is 1st, both 1 are 2.5th, the four 2 are 5.5th, 3 is 8th of 8
     in_batch = normal((torch.tensor([1, 8, 2.5, 2.5]) - .5) / 8)
     centred = torch.tensor([-1.25, 1.75, -.25, -.25])
     return {'raw': rewards, 'reinforce': rewards - 1, 'dr_grpo': centred,
-            'rloo': rewards - torch.tensor([5, 2, 4, 4]) / 3,       # less the mean of the others
+            'rloo': rewards - torch.tensor([5, 2, 4, 4]) / 3,  # less the mean of the others
             'grpo': centred / math.sqrt(centred.square().mean()),
-            'batch_std': centred / math.sqrt(27 / 8 - (13 / 8)**2),     # squares of the batch sum to 11 + 16
+            'batch_std': centred / math.sqrt(27 / 8 - (13 / 8)**2),  # squares of the batch sum to 11 + 16
             'quantile': ranks, 'quantile_batch': in_batch - in_batch.mean(),
             'softmax': 4 * (2 * rewards).softmax(0), 'softmax_centred': 4 * (2 * rewards).softmax(0) - 1,
             'softmax_quantile': 4 * (2 * ranks).softmax(0), 'best': torch.tensor([0., 4., 0., 0.])}[name]
@@ -102,7 +102,7 @@ def test_advantages_by_hand(kind):
     if 'batch' in kind:
         assert not torch.allclose(advantages(rewards[:1], kind), weights[:1])
     if kind == 'quantile':
-        assert torch.allclose(advantages(100 * rewards + 7, kind), weights)     # blind to scale
+        assert torch.allclose(advantages(100 * rewards + 7, kind), weights)  # blind to scale
 
 
 @pytest.mark.parametrize('kind', list(ADVANTAGES))
@@ -121,7 +121,7 @@ def test_rewards_that_are_alike_few_or_infinite(kind):
         assert torch.allclose(weights.sum(1), torch.ones(4))
         assert kind != 'softmax' or weights[1:].tolist() == [[.25] * 4, [1, 0, 0, 0], [0, .5, 0, .5]]
     elif not kind.startswith(('quantile', 'softmax')):
-        assert weights[1].tolist() == weights[3].tolist() == [0] * 4        # nothing is known of these groups
+        assert weights[1].tolist() == weights[3].tolist() == [0] * 4  # nothing is known of these groups
     assert advantages(torch.tensor([[math.nan, 1., 2.]]), kind).isnan().any() or kind == 'best'
 
 
@@ -166,7 +166,7 @@ def test_answers_of_serial_tasks_by_brute_force(how, depth):
             assert state == after
     if kind == 'hop':
         assert all(len({word.split('>')[0] for word in row[:6]}) == 6 for row in words)
-    if task.table is not None:      # every operation is one that can be undone
+    if task.table is not None:  # every operation is one that can be undone
         assert (task.table.sort(1).values == torch.arange(task.n_states)).all()
 
 
@@ -211,7 +211,7 @@ def test_ablations():
 def test_what_an_answering_policy_makes_of_thoughts():
     torch.manual_seed(0)
     answering = GPT2Thinking(CONFIG)
-    thoughts, right = torch.randint(10, 60, (5000, 2)), torch.randint(10, (5000,))      # more than one part
+    thoughts, right = torch.randint(10, 60, (5000, 2)), torch.randint(10, (5000,))  # more than one part
     logits = answering.answer(thoughts)
     answers, accuracy, bits = judge(answering, thoughts, right)
     assert torch.equal(answers, logits.argmax(1)) and accuracy == (answers == right).sum().item() / 5000
