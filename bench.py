@@ -643,7 +643,8 @@ def cell(runs, text):
         cells = [cell(runs, f'{part} mean') or '–' for part in text.split(' / ')]
         return ' / '.join(cells) if set(cells) != {'–'} else ''
     if ' → ' in text:
-        return ' → '.join(cell(runs, part) for part in text.split(' → '))
+        cells = [cell(runs, part) for part in text.split(' → ')]
+        return ' → '.join(cells) if any(cells) else ''
     key, form, how = (*text.split(), '')[:3]
     found = values(runs, key)
     if not found:
