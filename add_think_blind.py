@@ -15,8 +15,8 @@ For each question a code is drawn from its answer's preferences: the thinking po
 answering one to predict the answer from all preferred codes. Small advantages grow: meaning starts.
 
 This is not a policy gradient. Advantage-weighted regression (Peng et al. 2019) weights samples of a question;
-here codes are weighted for an answer, and balanced, or answers would share codes. Policy gradients are here
-for comparison, without importance weights, clipping or KL term, as each rollout is used once.
+here codes are weighted for an answer, and balanced, or answers would share codes. For comparison there are
+policy gradients (--search=False --advantage=rloo), without importance weights, clipping or a KL term.
 """
 import math
 from functools import partial
@@ -78,8 +78,8 @@ plot = False                  # draw the language at the end: language.html, nee
 
 knobs = read_knobs(__file__, globals())
 compile = compile or fuse
-base = d_thought_vocab + (not fixed)        # tokens to choose from
-if think_len < 1 or max(input_max, 2**9) * base ** think_len > 2**26:
+base = d_thought_vocab + (not fixed)  # base of a code
+if think_len < 1 or max(input_max, 2**9) * base ** think_len > 2**26:  # memory
     fail(f'--think_len={think_len} makes no code, or more than min(2^17, 2^26 / input_max)')
 if (super or clean or supervised_weight) and d_thought_vocab ** think_len < input_max:
     fail(f'{think_len} thoughts of {d_thought_vocab} tokens make no digits for {input_max} answers')
@@ -175,7 +175,7 @@ def own_codes(question, answer, noise, dice, epsilon):
 
 @fused
 def policy_gradient(question, answer, noise, dice, epsilon):
-    """Rollouts of a question are compared with each other."""
+    """G rollouts per question, weighted by advantage."""
     thoughts, *both = thinking.think(question, think_len, fixed=fixed, n_rollouts=group_size, noise=dice,
                                      epsilon=epsilon, grad=True)            # (B G, T)
     log_pi, entropy = (x.sum(1).view(-1, group_size) for x in both)         # (B, G)
@@ -186,14 +186,14 @@ def policy_gradient(question, answer, noise, dice, epsilon):
     weights = advantages(rewards, advantage, tau, state['baseline'], pooled)
     state['baseline'].lerp_(pooled.mean(), .1)
     thinking_loss = -(weights * log_pi).sum(1).mean()
-    gains = weights.clamp(min=0) + 1e-9         # the answering policy learns from the better rollouts
+    gains = weights.clamp(min=0) + 1e-9  # the answering policy learns from better rollouts, else all
     log_p_answer = log_q[answer[:, None], column]
     answering_loss = -(gains / gains.sum(1, keepdim=True) * log_p_answer).sum(1).mean()
     return thinking_loss, answering_loss, dict(entropy=entropy.mean(), chosen=codes[column], weights=weights)
 
 
 def reward(log_q, codes):
-    """What codes (C,) are paid for answers, (M, C): log p(answer | code); if clean 1 for hand-made ones."""
+    """Rewards (M, C) of codes (C,) for answers: log p(answer | code); if clean 1 for hand-made, else 0."""
     return (number(hand_made)[:, None] == codes).float() if clean else log_q.detach()
 
 
@@ -227,7 +227,7 @@ def think(question):
 
 
 def evaluate(step):
-    """Report on both sets (codes: train_sample), show a few, keep the best. Returns the numbers."""
+    """Report on both sets ('codes' of train_sample), show a few, keep the best. Returns numbers."""
     known, thoughts, right = think(train_sample), think(heldout_sample), answer_to(heldout_sample)
     answers, heldout_accuracy, bits = judge(answering, thoughts, right)
     accuracy, length = judge(answering, known, answer_to(train_sample))[1], thinking.n_thoughts(thoughts)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from utils import (LinearCrossEntropy, attend_to_cache, attention, being_recorded, causal, digits, fused,
                    has_kernel, need, sample, think_merged)
 
-REACH = 16  # 'relative' positions tell distances apart up to this one
+REACH = 16  # 'relative' positions: longer distances count as this
 
 
 # ---- configs ----
@@ -40,7 +40,7 @@ class ModelConfig:
     init: str = 'gpt2'          # 'gpt2': std .02 | 'unit': activations of size one, for small models
     position_encoding: str = 'learned'  # 'learned': an embedding each | 'rotary' | 'relative': by distance
     dropout: float = 0.         # share of activations dropped in training
-    input_kind = output_kind = 'all'  # no fields, see ThinkingModelConfig
+    input_kind = output_kind = 'all'  # class attributes, not fields here
 
     def __post_init__(self):
         for name in ('d_vocab', 'block_size', 'n_layer', 'n_head', 'd_model'):
@@ -58,7 +58,7 @@ class ModelConfig:
             raise ValueError("tie_weights needs init='gpt2', and the same tokens to read and write")
 
     def tokens(self, kind):
-        """Range of tokens of a kind: 'all', 'normal' or 'thought'."""
+        """Range of tokens of a kind; 'thought' has end_thought."""
         return range(self.d_vocab)
 
     @property
@@ -109,8 +109,8 @@ class Attention(nn.Module):
         self.config = config
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
         self.c_proj = nn.Linear(config.d_model, config.d_model)
-        if config.position_encoding == 'relative':  # a bias per head for distances -REACH..REACH
-            self.relative = nn.Embedding(2 * REACH + 1, config.n_head)  # bias / 8: learns faster
+        if config.position_encoding == 'relative':  # bias per head, distance -REACH..REACH
+            self.relative = nn.Embedding(2 * REACH + 1, config.n_head)  # holds bias / 8: learns faster
         # A bias of the keys raises all scores of a query alike and changes nothing (not so if 'rotary',
         # left out all the same). Its gradient is rounding error, which Adam blows up to full steps.
         keep = [1, 0, 1]  # gradients of queries, keys, values
@@ -217,18 +217,18 @@ class GPT2(nn.Module):
         return self.wte(tokens - self.config.reads.start)
 
     def layers(self, x, cache=None, positions=None, visible=None):
-        """States (B, S, d_model) after the last layer for embeddings x (B, S, d_model). The cache grows.
+        """States after the last layer for embeddings x, both (B, S, d_model). The cache grows.
         positions: (S,); None: those after the cache. visible: (S, Sk), True where a token may look; None:
         causal."""
-        start = 0 if cache is None else cache.length
+        start = cache.length if cache else 0
         end = start + x.shape[1]
-        if end > self.config.block_size and visible is None:
+        if end > self.config.block_size and visible is None:  # visible: positions repeat
             raise ValueError(f'{end} tokens are more than block_size={self.config.block_size}')
         if positions is None:
             positions = torch.arange(start, end, device=x.device)
-        keys, places = (cache.place(positions) if cache else positions), None  # keys: positions (Sk,)
+        places, keys = None, cache.place(positions) if cache else positions  # positions of keys (Sk,)
         if self.config.position_encoding == 'learned':
-            x = x + self.wpe(positions)  # (B, S, d_model)
+            x = x + self.wpe(positions)
         elif self.config.position_encoding == 'rotary':
             places = rotary_angles(positions, self.config.d_model // self.config.n_head)
         else:
@@ -335,7 +335,7 @@ def choice(logits, chosen):
 
 
 def count_on(positions, n_prompt, n_new, device):
-    """Positions (n_prompt + n_new,) of a prompt, from 0 if they are None, and of new tokens behind it."""
+    """Positions (n_prompt + n_new,) of a prompt, from 0 if they are None, and of new tokens after it."""
     if positions is None:
         return torch.arange(n_prompt + n_new, device=device)
     return torch.cat([positions, positions[-1] + 1 + torch.arange(n_new, device=device)])
@@ -355,7 +355,7 @@ class GPT2Thinking(GPT2):
 
     def __init__(self, config):
         super().__init__(config)
-        if config.gate is not None:  # how much each number of a state with thoughts counts
+        if config.gate is not None:  # weight of each component of states with thoughts
             self.gate = nn.Parameter(torch.full((config.d_model,), float(config.gate)))
 
     def thought_range(self, fixed):
@@ -373,7 +373,7 @@ class GPT2Thinking(GPT2):
         if noise is None:
             noise = torch.rand(len(question) * n_rollouts, think_len, device=question.device)
         many = question.repeat_interleave(n_rollouts, dim=0)  # (N, S)
-        # on a CPU, or if rollouts must coincide: read prefixes once
+        # on a CPU, or with fewer prefixes than rollouts: merge them
         repetitive = not question.is_cuda or len(choices) ** (think_len - 1) < n_rollouts
         if grad and repetitive and use_cache and not being_recorded():
             return Thoughts(*think_merged(self, KVCache(), many, choices, noise, stop, temperature, epsilon))
@@ -387,12 +387,12 @@ class GPT2Thinking(GPT2):
         return (thoughts != self.config.end_thought).cumprod(-1).sum(-1)
 
     def until_end(self, thoughts, *values):
-        """Values (N, T) of thoughts (N, T), with zeros behind each row's end_thought."""
+        """Values (N, T) of thoughts (N, T), with zeros after each row's end_thought."""
         chosen = torch.arange(thoughts.shape[1], device=thoughts.device) <= self.n_thoughts(thoughts)[:, None]
         return [torch.where(chosen, x, 0.) for x in values]
 
     def thought_log_probs(self, question, thoughts, fixed=True):
-        """Log-probabilities and entropies (N, T), with gradient, of thoughts; 0 behind an end_thought."""
+        """Log-probabilities and entropies (N, T), with gradient, of thoughts; 0 after an end_thought."""
         return self.until_end(thoughts, *self.log_probs(question, thoughts, self.thought_range(fixed)))
 
     def answer(self, thoughts, question=None):
@@ -408,7 +408,7 @@ class GPT2Thinking(GPT2):
 
     def think_and_answer(self, question, thoughts, fixed=True, positions=None):
         """Read questions (N, S) and thoughts (N, T), perhaps none, in one pass. Returns log-probabilities and
-        entropies of thoughts, 0 behind an end_thought, and logits (N, d_normal_vocab) of the answer, read
+        entropies of thoughts, 0 after an end_thought, and logits (N, d_normal_vocab) of the answer, read
         where another thought would be written: at the last thought, or at the end of the question."""
         (N, S), T, choices = question.shape, thoughts.shape[1], self.thought_range(fixed)
         positions = count_on(positions, S, T, question.device)
@@ -427,7 +427,7 @@ class GPT2Thinking(GPT2):
         return ((thoughts - choices.start) * place_value).sum(-1)
 
     def spell(self, numbers, think_len, fixed=True):
-        """The thoughts (n, think_len) of numbers (n,); behind an end_thought only more of it."""
+        """The thoughts (n, think_len) of numbers (n,); after an end_thought only repeats."""
         choices = self.thought_range(fixed)
         thoughts = choices.start + digits(numbers, think_len, len(choices))
         behind = torch.arange(think_len, device=numbers.device) > self.n_thoughts(thoughts)[:, None]
@@ -436,7 +436,7 @@ class GPT2Thinking(GPT2):
     # ---- thoughts inside a text
 
     def allowed(self, n_thoughts, think_len, fixed=True):
-        """Which tokens may come next in a text, (..., d_vocab_total) of bool, after n_thoughts (...) behind
+        """Which tokens may come next in a text, (..., d_vocab_total) of bool, if n_thoughts (...) follow
         the last normal token. fixed: think_len thoughts before every normal token; else at most as many."""
         full = (n_thoughts >= think_len)[..., None]
         token = torch.arange(self.config.d_vocab, device=full.device)
@@ -490,9 +490,9 @@ class GPT2Thinking(GPT2):
         embeddings, each from its own part of the thought tokens (Hafner et al. 2021). given: (N, S, T)
         thoughts to read. fixed: as in think.
 
-        Returns, with gradient: thoughts, log-probabilities and entropies (N, S, T), 0 behind an end_thought;
+        Returns, with gradient: thoughts, log-probabilities and entropies (N, S, T), 0 after an end_thought;
         states (B, S, d_model) without thoughts; states (N, S, d_model) that predict the next token: at the
-        last thought, or with config.gate those without thoughts plus a learned share of these. Raises
+        last thought; with config.gate: those without thoughts, plus gate * these. Raises
         ValueError."""
         (B, S), (N, _, T), choices = tokens.shape, noise.shape, self.thought_range(fixed)
         if S + T > self.config.block_size:
@@ -502,7 +502,7 @@ class GPT2Thinking(GPT2):
         size = len(choices) // at_once
         first = choices.start + size * torch.arange(at_once, device=tokens.device)  # of each part
         visible = causal(S, S, tokens.device)  # the text
-        new = visible if readers == 'later' else visible & visible.T  # or diagonal
+        new = visible if readers == 'later' else visible & visible.T  # diagonal
         cache = KVCache()
         plain = self.hidden(tokens, cache)  # (B, S, d_model)
         cache.repeat(N // B)
@@ -540,8 +540,8 @@ class GPT2Thinking(GPT2):
     @staticmethod
     def from_normal(model, d_thought_vocab, spread=1., gate=None, block_size=0):
         """Grow a normal GPT2 by d_thought_vocab thoughts and end_thought; logits of normal tokens stay the
-        same. New embeddings are drawn around the mean of the old ones, with spread times their deviation; it
-        sets how sure thoughts start."""
+        same. New embeddings are drawn around the mean of the old ones, with spread times their deviation:
+        more makes first thoughts surer."""
         shape = {name: value for name, value in asdict(model.config).items() if name != 'd_vocab'}
         shape |= {'d_normal_vocab': model.config.d_vocab, 'd_thought_vocab': d_thought_vocab,
                   'gate': gate, 'block_size': max(block_size, model.config.block_size)}
