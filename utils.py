@@ -947,11 +947,15 @@ def think_merged(model, cache, question, choices, noise, stop, temperature, epsi
         one = torch.empty_like(which[:which.max() + 1])
         return which, one.scatter_(0, which, torch.arange(len(which), device=which.device))
 
-    which = torch.zeros_like(question[:, 0])  # (N,) group: rows that have read the same so far
+    which = torch.zeros_like(question[:, 0])  # (N,) groups of rows equal so far
     for column in question.T:
         which, rows = alike(which, column)
     new, alive, written = question[rows], torch.ones_like(which, dtype=torch.bool), []
     for t in range(noise.shape[1]):
+        if t:
+            last, (which, rows) = which, alike(which, token)
+            cache.select(last[rows])
+            new = token[rows, None]
         states = model.hidden(new, cache)[:, -1]  # (n, d_model)
         logits = model.logits(states, choices).float()  # (n, L)
         log_p = logits.log_softmax(-1)
@@ -962,9 +966,6 @@ def think_merged(model, cache, question, choices, noise, stop, temperature, epsi
         entropy = -(log_p.exp() * log_p).sum(-1)[which]
         written.append((token, torch.where(alive, log_prob, 0.), torch.where(alive, entropy, 0.)))
         alive = alive & (token != stop)
-        last, (which, rows) = which, alike(which, token)
-        cache.select(last[rows])
-        new = token[rows, None]
     return [torch.stack(each, dim=1) for each in zip(*written)]
 
 
