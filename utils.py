@@ -947,10 +947,10 @@ def think_merged(model, cache, question, choices, noise, stop, temperature, epsi
         one = torch.empty_like(which[:which.max() + 1])
         return which, one.scatter_(0, which, torch.arange(len(which), device=which.device))
 
-    which = torch.zeros_like(question[:, 0])  # (N,) groups of rows equal so far
+    which = torch.zeros_like(question[:, 0])  # (N,) equal rows
     for column in question.T:
         which, rows = alike(which, column)
-    new, alive, written = question[rows], torch.ones_like(which, dtype=torch.bool), []
+    new, alive, written, token = question[rows], torch.ones_like(which, dtype=torch.bool), [], None
     for t in range(noise.shape[1]):
         if t:
             last, (which, rows) = which, alike(which, token)
