@@ -55,6 +55,7 @@ turn = itertools.count()        # of GPUs
 running = {}                    # row: futures of its runs, by seed
 
 
+@functools.cache
 def results(suite):
     """What assets/results/<suite>.jsonl holds: {row: its line}."""
     path = ROOT / f'assets/results/{suite}.jsonl'
@@ -70,6 +71,7 @@ def keep(suite, row, kind, command, runs):
     path = ROOT / f'assets/results/{suite}.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda path: path.write_text(text))
+    results.cache_clear()
 
 
 def device_name(kind):
@@ -100,10 +102,10 @@ def run(suite, row, seed, folder, *more):
     threads = {'OMP_NUM_THREADS': str(max(1, os.cpu_count() // parallel))}      # unless it is set
     command = [sys.executable, f'{it["script"]}.py', *it['knobs'].split(), f'--seed={seed}',
                f'--device={device}', f'--out_dir={folder}', *more]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=threads | os.environ)
-    if run.returncode:
-        raise ChildProcessError(f'{suite}/{row} with seed {seed} ended with exit code {run.returncode}')
-    return folder, json.loads(run.stdout.splitlines()[-1])
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=threads | os.environ)
+    if done.returncode:
+        raise ChildProcessError(f'{suite}/{row} with seed {seed} ended with exit code {done.returncode}')
+    return folder, json.loads(done.stdout.splitlines()[-1])
 
 
 def learn(suite, row, seed):
@@ -179,7 +181,7 @@ def measure(suite, rows):
     """Run rows with every seed, `parallel` runs at once, and keep their results."""
     one = {'origin': origin, 'gradient': gradient}.get(suite, learn)
     failed, once = [], json.dumps(SUITES)   # the start of another row may be one run for all seeds
-    with ThreadPoolExecutor(1 if suite == 'gradient' else parallel) as pool:    # threads share torch's noise
+    with ThreadPoolExecutor(1 if suite == 'gradient' else parallel) as pool:    # threads share random numbers
         for row in rows:
             n = 1 if f'{suite}/{row}@0' in once else seeds
             running[row] = [pool.submit(one, suite, row, seed) for seed in range(n)]
@@ -202,7 +204,7 @@ def measure(suite, rows):
 
 def forming(every=20, scale=4):
     """assets/forming.gif: which codes (columns, in the order of their meanings at the end) are written for
-    which answers (lines), while add_think_blind.py learns."""
+    which answers (rows), while add_think_blind.py learns."""
     image, draw = (need(f'PIL.{name}', 'to draw the animation') for name in ('Image', 'ImageDraw'))
     question = torch.cartesian_prod(torch.arange(100), torch.arange(100))
     answer, frames, save = question.sum(1) % 100, [], utils.Run.save
@@ -697,8 +699,7 @@ def table(suite, only=()):
             n = len(line['runs']) if on and 'ways' not in it else ''
             lines.append(shown | {'seeds': n, 'on': on})
     if shared and 'script' in it:
-        command = f'python {it["script"]}.py {it.get("knobs", "")}'.strip()
-        said.append(f'`{command}`')
+        said.append(f'`{"python " + it["script"]}.py {it.get("knobs", "")}'.strip() + '`')
     said += [f'at {it["at"]}'] if 'at' in it else []
     for head in [head for head in lines[0] if head != '']:
         every = {line[head] for line in lines}
@@ -747,7 +748,8 @@ if suite not in (*run_by_us, 'forming', 'tables'):
 if suite == 'math' and not pretrained:
     fail('--suite=math needs --pretrained=<the model to start from>')
 if suite == 'forming':
-    forming()
+    with user_errors():
+        forming()
 elif suite != 'tables':
     here = 'cuda' if torch.cuda.is_available() else 'cpu'
     every = {row: row_of(suite, row) for row in SUITES[suite]['rows']}

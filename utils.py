@@ -947,7 +947,7 @@ def think_merged(model, cache, question, choices, noise, stop, temperature, epsi
         one = torch.empty_like(which[:which.max() + 1])
         return which, one.scatter_(0, which, torch.arange(len(which), device=which.device))
 
-    which = torch.zeros_like(question[:, 0])  # (N,) equal rows
+    which = torch.zeros_like(question[:, 0])  # (N,) groups
     for column in question.T:
         which, rows = alike(which, column)
     new, alive, written, token = question[rows], torch.ones_like(which, dtype=torch.bool), [], None
