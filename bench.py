@@ -5,7 +5,6 @@ assets/results/, and writes tables and numbers into README.md and assets/notes/.
     python bench.py                                 # the suite `learning`: rows for this machine, CPU or GPU
     python bench.py --only=digits --seeds=3         # one row of it
     python bench.py --suite=variants --parallel=12  # another suite, twelve runs at once: each is slower
-    python bench.py --suite=speed --only=train      # one job of the suite `speed`
     python bench.py --suite=forming                 # assets/forming.gif: how a language forms (needs pillow)
     python bench.py --suite=tables                  # no runs: only the pages
     python bench.py --suite=tables --pictures=out   # and out/gradient.html (needs plotly)
@@ -24,6 +23,7 @@ import re
 import runpy
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
@@ -50,9 +50,11 @@ pictures = ''                   # folder for gradient.html; empty: no picture
 
 knobs = read_knobs(__file__, globals())
 ROOT = Path(__file__).parent
+COMMIT = git_commit()           # before results change the checkout
 SUITES = tomllib.loads((ROOT / 'assets/suites.toml').read_text())
 turn = itertools.count()        # of GPUs
 running = {}                    # row: futures of its runs, by seed
+starting = threading.Lock()     # one thread at a time runs what others start from
 
 
 @functools.cache
@@ -66,7 +68,7 @@ def results(suite):
 def keep(suite, row, kind, command, runs):
     """Write a row's line to assets/results/<suite>.jsonl; those of other rows stay. kind: 'cpu' or 'cuda'."""
     line = {'row': row, 'command': command, 'hardware': device_name(kind), 'torch': torch.__version__,
-            'commit': git_commit(), 'parallel': parallel, 'runs': runs}
+            'commit': COMMIT, 'parallel': parallel, 'runs': runs}
     text = ''.join(json.dumps(one) + '\n' for one in (results(suite) | {row: line}).values())
     path = ROOT / f'assets/results/{suite}.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,12 +116,13 @@ def learn(suite, row, seed):
     for knob, start in row_of(suite, row)['start'].items():
         where, first, which = re.fullmatch(r'(.*)/(.*)@(.*)', start).groups()
         which = seed if which == '<seed>' else int(which)
-        checkpoint = f'out/bench/{where}-{first}/{which}/ckpt.pt'
+        folder = f'out/bench/{where}-{first}/{which}'
         if where == suite and first in running:
             running[first][which].result()
-        elif not (ROOT / checkpoint).exists():
-            run(where, first, which, which)
-        more.append(f'--{knob}={checkpoint}')
+        with starting:      # a run that did not end has left its lock
+            if not (ROOT / folder / 'ckpt.pt').exists() or (ROOT / f'{folder}.lock').exists():
+                run(where, first, which, which)
+        more.append(f'--{knob}={folder}/ckpt.pt')
     folder, result = run(suite, row, seed, seed, *more)
     log = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     batch_size = json.loads((folder / 'config.json').read_text())['knobs']['batch_size']
@@ -135,7 +138,7 @@ def learn(suite, row, seed):
 
 
 def from_log(result, log, batch_size):
-    """What tables need of a log: when 99% and when all were right; curves of evaluations of rollouts."""
+    """What tables need of a log: when 99% and all were right; of rollouts, curves of evaluations."""
     found = {}
     goal = 'heldout_accuracy' if 'heldout_accuracy' in result else 'accuracy'
     for name, least in (('of_99', .99), ('to_all', 1.)):
@@ -178,9 +181,9 @@ def origin(suite, row, seed):
 
 
 def measure(suite, rows):
-    """Run rows with every seed, `parallel` runs at once, and keep their results."""
+    """Run rows with every seed, `parallel` runs at once, and keep their results. Returns what failed."""
     one = {'origin': origin, 'gradient': gradient}.get(suite, learn)
-    failed, once = [], json.dumps(SUITES)   # the start of another row may be one run for all seeds
+    failed, once = [], json.dumps(SUITES)   # a row that others start from @0 is run once
     with ThreadPoolExecutor(1 if suite == 'gradient' else parallel) as pool:    # threads share random numbers
         for row in rows:
             n = 1 if f'{suite}/{row}@0' in once else seeds
@@ -198,8 +201,7 @@ def measure(suite, rows):
                     failed.append(str(error))
             if runs:
                 keep(suite, row, it['on'], command, runs)
-    if failed:
-        fail('; '.join(failed))
+    return failed
 
 
 def forming(every=20, scale=4):
@@ -237,7 +239,7 @@ def forming(every=20, scale=4):
 # ---- speed ----
 
 def timed(function, repeats=5):
-    """Seconds that a function takes, `repeats` times after a first one, with what it leaves the GPU to do."""
+    """Seconds of each of `repeats` calls after a first one, with the work that they leave to the GPU."""
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -255,7 +257,7 @@ KINDS = {   # of kernels: parts of their names, the first that fits counts
 
 
 def profile(function, milliseconds):
-    """The share of the time that a GPU spends with each of KINDS, by torch's profiler, and that it waits."""
+    """Shares of a GPU's time: of each of KINDS, by torch's profiler, and of waiting."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         function()
         torch.cuda.synchronize()
@@ -268,7 +270,7 @@ def profile(function, milliseconds):
 
 
 def speeds(ways, tokens, repeats=5):
-    """Of ways to do the same, {name: function}: milliseconds, tokens per second, memory, share of kernels."""
+    """For each of ways {name: function} to do a job: milliseconds, tokens per second, memory, shares."""
     found = {}
     for name, function in ways.items():
         if torch.cuda.is_available():
@@ -279,7 +281,7 @@ def speeds(ways, tokens, repeats=5):
         found[name] = {'milliseconds': milliseconds, 'tokens_per_second': 1000 * tokens / middle}
         if torch.cuda.is_available():
             found[name]['peak_memory_mb'] = round(torch.cuda.max_memory_allocated() / 2**20)
-            if middle < 2000:       # or there is too much to be noted
+            if middle < 2000:       # else the profile is too large
                 found[name]['share'] = profile(function, middle)
     return found
 
@@ -381,7 +383,7 @@ def speed_script(script, arguments, ways, n, every=50):
 def time_job(row):
     """What the speed suite says of a row's job: {way to do it: numbers}."""
     knobs = row_of('speed', row)['knobs']
-    still = f'{knobs} --learning_rate=0 --learning_rate_answer=0 --eval_questions=100'  # goes on to explore
+    still = f'{knobs} --learning_rate=0 --learning_rate_answer=0 --eval_questions=100'  # codes stay varied
     graph = {'eager': '', 'graph': '--compile=True', 'fused': '--compile=True --fuse=True'}
     by_two = {'one': '--nproc_per_node=1|', 'two': '--nproc_per_node=2|'}
     return {
@@ -390,7 +392,8 @@ def time_job(row):
         'two-thoughts': lambda: speed_script('supervised_rollout_think', knobs, by_two, 96 * 4 * 256 * 4, 5),
         'blind': lambda: speed_script('add_think_blind', still, graph, 64 * 32),
         'blind-default': lambda: speed_script('add_think_blind', still, graph, 512),
-        'blind-cpu': lambda: speed_script('add_think_blind', still, {'merged': ''}, 64 * 32)}[row]()
+        'blind-cpu': lambda: speed_script(
+            'add_think_blind', still, {'merged': '--device=cpu'}, 64 * 32)}[row]()
 
 
 # ---- weightings beside the exact gradient ----
@@ -408,8 +411,8 @@ STATES = {'untrained': 0., 'quarter': .25, 'most': .75}     # row: share of roll
 class Enumerated:
     """
     A thinking policy small enough to enumerate: 64 questions a, b < 8, all 64 codes of two thoughts, and what
-    each code is worth for each question, (64, 64): 'sparse' 1 for the right code, a random one per answer,
-    else 0; 'dense' log p(answer | code) of a reader that favours answers by how many thoughts are theirs.
+    each code is worth for each question, (64, 64): 'sparse' 1 for the answer's right code (drawn at random),
+    else 0; 'dense' log p(answer | code) of a reader that counts the thoughts shared with right codes.
     level: it is taught the right codes, by cross-entropy, until this share of its rollouts is right.
     """
 
@@ -472,9 +475,9 @@ def weigh(rewards, name, baseline):
 
 def compare(weights, which, gram, exact, blocks=20):
     """
-    Estimates of the gradient, each the sum of rows `which` (n, S) of the Jacobian by weights {name: (n, S)},
-    beside the exact one, the sum of all rows by exact (R,). Only lengths and angles are asked for: gram,
-    (R, R), the products of rows, has them. The squared length of the mean estimate comes from products of
+    Estimates of the gradient, each the sum of rows `which` (n, S) of the Jacobian times weights
+    {name: (n, S)}, beside the exact one, the sum of all rows times exact (R,). Lengths and angles follow from
+    gram (R, R), the products of rows. The squared length of the mean estimate comes from products of
     different blocks of estimates, which noise does not lengthen; its error from leaving out one block each.
 
     Returns {name: numbers}: cosine of one estimate with the exact gradient (mean, standard error), its length
@@ -513,11 +516,10 @@ def compare(weights, which, gram, exact, blocks=20):
 def gradient(suite, row, seed, samples=256, n=1000):
     """Every estimator at every group size beside the exact gradient, from as many rollouts; see compare."""
     small = Enumerated(seed, STATES[row])
-    with torch.no_grad():
-        pi = small.log_pi(small.question).exp()                                 # (Q, C)
+    pi = small.log_pi(small.question).exp().detach()                            # (Q, C)
     jacobian = small.jacobian()
     gram, generator = jacobian @ jacobian.T, torch.Generator().manual_seed(seed)
-    values = {reward: (pi * worth).sum(1).mean().item() for reward, worth in small.rewards.items()}
+    values = {reward: small.value(reward).item() for reward in small.rewards}
     result = {'seed': seed, 'groups': GROUPS, 'value': values, 'sparse': {}, 'dense': {}}
     for G in GROUPS:
         at = torch.randint(len(pi), (n * samples // G,), generator=generator)   # of a group
@@ -532,9 +534,8 @@ def gradient(suite, row, seed, samples=256, n=1000):
                     result[reward].setdefault(name, {}).setdefault(key, []).append(number)
     if row == 'untrained':      # where the exact gradient itself leads to
         small.climb(lambda log_pi: (log_pi.exp() * small.rewards['sparse']).sum(1), 100)
-        with torch.no_grad():
-            pi = small.log_pi(small.question).exp()
-        result['climbed'] = {'value': (pi * small.rewards['sparse']).sum(1).mean().item(),
+        pi = small.log_pi(small.question).exp().detach()
+        result['climbed'] = {'value': small.value('sparse').item(),
                              'share_of_one_code': pi.mean(0).max().item()}
     return result
 
@@ -583,13 +584,12 @@ def gradient_picture():
 
 def steadiness(log):
     """Of a log: the share of right answers at early steps, variance and decay of the gradient norm, effective
-    number of rollouts, whether it collapsed: thoughts without entropy (.05 nats), less than half right."""
+    number of rollouts, whether it collapsed: entropy of thoughts below .05 nats, less than half right."""
     success = {str(line['step']): line['accuracy'] for line in log if 'accuracy' in line}
     norms, few, entropy = ([line[key] for line in log if key in line]
                            for key in ('gradient_norm', 'effective_n', 'entropy'))
     quarter = len(norms) // 4 or 1
-    early = '10', '20', '30', '100', '300', '1000'
-    return {'early': {step: success[step] for step in early if step in success},
+    return {'early': {step: success[step] for step in '10 20 30 100 300 1000'.split() if step in success},
             'norm_variance': variance(norms) / max(mean(norms), 1e-12)**2 if len(norms) > 1 else 0.,
             'norm_decay': mean(norms[-quarter:]) / max(mean(norms[:quarter]), 1e-12),
             'effective_n': mean(few) if few else None,
@@ -598,10 +598,10 @@ def steadiness(log):
 
 def verdict(runs, others):
     """
-    Better or worse than others (rloo), for reasons that hold seed by seed: succeeds more or less at the end
+    Better or worse than others (rloo), for reasons that hold in each seed: succeeds more or less at the end
     (by .01), is ahead at step 10, 20 or 30 (by .01), has steadier gradients (variance of the norm, relative
     to its mean, a fifth less); or gradients vanish (to 1% while under .9 are right), or effective n is below
-    1.5. Reasons on both sides: success decides. None, or only some seeds: inconclusive.
+    1.5. Reasons on both sides: success decides. Otherwise: inconclusive.
     """
     others = {run['changed'].get('seed', 0): run for run in others}
     pairs = [(run, others[seed]) for run in runs if (seed := run['changed'].get('seed', 0)) in others]
@@ -696,10 +696,9 @@ def table(suite, only=()):
             at_once = f', {line["parallel"]} at once' if line.get('parallel', 1) > 1 else ''
             on = f'{line["hardware"]}, torch {line["torch"]}{at_once}' if 'torch' in line else ''
             on = re.sub(r'\(R\)| Processor|NVIDIA | 80GB HBM3|\+cpu|\+cu\w+', '', on)
-            n = len(line['runs']) if on and 'ways' not in it else ''
-            lines.append(shown | {'seeds': n, 'on': on})
+            lines.append(shown | {'seeds': len(line['runs']) if on and 'ways' not in it else '', 'on': on})
     if shared and 'script' in it:
-        said.append(f'`{"python " + it["script"]}.py {it.get("knobs", "")}'.strip() + '`')
+        said.append(f'`python {it["script"]}.py {it.get("knobs", "")}'.strip() + '`')
     said += [f'at {it["at"]}'] if 'at' in it else []
     for head in [head for head in lines[0] if head != '']:
         every = {line[head] for line in lines}
@@ -713,7 +712,7 @@ def table(suite, only=()):
 
 
 def number(text):
-    """A number of a sentence: suite/row:key@min, perhaps less (-) or by (/) another one, and a format."""
+    """A number of a sentence: suite/row:key@min, perhaps - or / another one, and a format."""
     def value(term):
         suite, row, key, how = re.fullmatch(r'(.+?)/(.+?):([^@]+)@?(\w*)', term).groups()
         return {'': mean, 'min': min, 'max': max, 'n': len}[how](values(results(suite)[row]['runs'], key))
@@ -747,34 +746,35 @@ if suite not in (*run_by_us, 'forming', 'tables'):
     fail(f'--suite={suite} must be one of {", ".join(run_by_us)}, forming, tables')
 if suite == 'math' and not pretrained:
     fail('--suite=math needs --pretrained=<the model to start from>')
+failed = ()
 if suite == 'forming':
     with user_errors():
         forming()
 elif suite != 'tables':
     here = 'cuda' if torch.cuda.is_available() else 'cpu'
     every = {row: row_of(suite, row) for row in SUITES[suite]['rows']}
-    rows = [row for row, it in every.items() if it['on'] == here and not it['at']]
-    rows = only.split(',') if only else rows
-    for row in rows:
+    usual = [row for row, it in every.items() if it['on'] == here and not it['at']]
+    for row in only.split(',') if only else ():
         if row not in every:
             fail(f'--only={row} must be one of {", ".join(every)}')
         if every[row]['at']:
             fail(f'{row} of the {suite} suite can only be measured at commit {every[row]["at"]}')
         if here == 'cpu' and every[row]['on'] == 'cuda':
             fail(f'{row} of the {suite} suite must be measured on a GPU')
+    rows = [row for row in every if row in only.split(',')] if only else usual     # starts come first
     if not rows:
         fail(f'no row of the {suite} suite belongs on a machine with {here}')
     for row in rows if suite == 'speed' else ():
         for way, found in time_job(row).items():
             command = f'python bench.py --suite=speed --only={row}'
             keep('speed', f'{row}.{way}', every[row]['on'], command, [found])
-            print(row, way, json.dumps(found), flush=True)
-    if suite != 'speed':
-        measure(suite, rows)
-    print(table(suite, rows))
+    failed = measure(suite, rows) if suite != 'speed' else ()
+    print('' if failed else table(suite, rows))
 write_pages()
 if pictures:
     with user_errors():
         Path(pictures).mkdir(parents=True, exist_ok=True)
         write_atomic(Path(pictures) / 'gradient.html',
                      lambda path: gradient_picture().write_html(path, config={'displayModeBar': False}))
+if failed:
+    fail('; '.join(dict.fromkeys(failed)))

@@ -3,7 +3,6 @@ import re
 import runpy
 import shutil
 import sys
-import tomllib
 
 import pytest
 import torch
@@ -122,20 +121,17 @@ def commands(text):
     return set(re.findall(r'(\w+)\.py((?: +--\w+=?[^\s`]*)+)', text.replace('\\\n', ' ')))
 
 
-def test_commands_of_pages_and_suites(run_here):
+def test_commands_of_pages_and_suites(bench, run_here):
     """Every script and knob exists; what needs no checkpoint and no data runs, with tiny sizes."""
-    found = set.union(*(commands(page.read_text()) for page in PAGES))
-    for it in tomllib.loads((ROOT / 'assets/suites.toml').read_text()).values():
-        for row in it['rows'].values() if isinstance(it['rows'], dict) else ():
-            both = it | row
-            if 'script' in both and 'at' not in both:
-                shared = '' if 'script' in row else it.get('knobs', '')
-                found.add((both['script'], f'{shared} {row.get("knobs", "")}'))
+    shown = set.union(*(commands(page.read_text()) for page in PAGES))
+    rows = [bench['row_of'](suite, row) for suite in bench['run_by_us']
+            for row in bench['SUITES'][suite]['rows']]
+    found = shown | {(row['script'], row['knobs']) for row in rows if 'script' in row and not row['at']}
     for script, knobs in found:
         block = (ROOT / f'{script}.py').read_text().partition('# ---- knobs')[2].partition('\n# ----')[0]
         names = {*re.findall(r'(?m)^(\w+) = ', block), 'help'}
         assert set(re.findall(r'--(\w+)', knobs)) <= names, (script, knobs)
-    for script, knobs in set.union(*(commands(page.read_text()) for page in PAGES)):
+    for script, knobs in shown:
         small = [knob.partition('=')[0] for knob in TINY.get(script, ())]
         more = [knob for knob in knobs.split() if knob.partition('=')[0] not in small]
         if small and not re.search('init_from|reference|reward=math|plot|page|input_min', knobs):
