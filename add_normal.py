@@ -16,8 +16,7 @@ its digits are, generated one by one.
 import torch
 
 from model import ModelConfig, make_model
-from utils import (Run, World, addition_questions, digits, fail, make_optimizer, paint, read_knobs, schedule,
-                   user_errors)
+from utils import (Run, World, addition_questions, digits, fail, make_optimizer, paint, read_knobs, schedule)
 
 # ---- knobs ----
 
@@ -40,7 +39,7 @@ log_every = 10                # steps between lines of metrics.jsonl
 seed = 0                      # of weights and questions
 device = 'auto'               # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'             # 'float32' | 'bfloat16'
-init_from = 'scratch'         # scratch, resume, or the path of a checkpoint to take weights from
+init_from = 'scratch'         # scratch, resume, auto (resume what is there), or a checkpoint's path
 eval_only = False             # evaluate, train nothing, write nothing
 out_dir = ''                  # folder of the run; empty: out/add_normal/<changed knobs>
 wandb_mode = 'disabled'       # 'disabled' | 'offline' | 'online'
@@ -81,11 +80,10 @@ question_len, answer_len = (tokens.shape[1] for tokens in encode(train_set[:1]))
 
 # ---- model, optimiser, run ----
 
-with user_errors():
-    config = ModelConfig(d_vocab=input_max if encoding == 'int' else len(CHARACTERS), n_layer=n_layer,
-                         n_head=n_head, d_model=d_model, block_size=question_len + answer_len, init='unit',
-                         tie_weights=False)
-    model = make_model(config, knobs.checkpoint).to(world.device)
+config = ModelConfig(d_vocab=input_max if encoding == 'int' else len(CHARACTERS), n_layer=n_layer,
+                     n_head=n_head, d_model=d_model, block_size=question_len + answer_len, init='unit',
+                     tie_weights=False)
+model = make_model(config, knobs.checkpoint).to(world.device)
 
 optimizer = make_optimizer(model, learning_rate, weight_decay)
 run = Run(knobs, world, [optimizer])

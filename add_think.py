@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from model import ModelConfig, ThinkingModelConfig, lagged_copy, make_model
 from utils import (Run, SerialTask, World, ablations, advantages, concentration, fail, heat_map,
-                   make_optimizer, picture, read_knobs, schedule, user_errors, write_atomic)
+                   make_optimizer, picture, read_knobs, schedule)
 
 # ---- knobs ----
 
@@ -66,7 +66,7 @@ log_every = 10                # steps between lines of metrics.jsonl
 seed = 0                      # of weights, task, questions and thoughts
 device = 'auto'               # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'             # 'float32' | 'bfloat16'
-init_from = 'scratch'         # scratch, resume, or the path of a checkpoint to take weights from
+init_from = 'scratch'         # scratch, resume, auto (resume what is there), or a checkpoint's path
 eval_only = False             # evaluate, train nothing, write nothing
 out_dir = ''                  # folder of the run; empty: out/add_think/<changed knobs>
 wandb_mode = 'disabled'       # 'disabled' | 'offline' | 'online'
@@ -85,8 +85,7 @@ world = World(knobs)
 
 # ---- data ----
 
-with user_errors():
-    questions = SerialTask(task, input_max, n_letters, seed)
+questions = SerialTask(task, input_max, n_letters, seed)
 n_states, k_most = questions.n_states, max(k, k_test)
 if task == 'sort' and k_most > n_letters:
     fail(f'a list of n_letters={n_letters} has no number {k_most} in order')
@@ -131,10 +130,9 @@ thought_tokens = range(n_tokens, n_tokens + d_thought_vocab)
 shape = dict(n_layer=n_layer, n_head=n_head, d_model=d_model, position_encoding=position_encoding,
              init='unit', tie_weights=False,
              block_size=questions.n_prefix + k_most + 3 + (think_len or k_most + 1))
-with user_errors():
-    config = (ModelConfig(d_vocab=n_tokens, **shape) if thoughts == 'none' else
-              ThinkingModelConfig(d_normal_vocab=n_tokens, d_thought_vocab=d_thought_vocab, **shape))
-    models = {'model': make_model(config, knobs.checkpoint).to(world.device)}
+config = (ModelConfig(d_vocab=n_tokens, **shape) if thoughts == 'none' else
+          ThinkingModelConfig(d_normal_vocab=n_tokens, d_thought_vocab=d_thought_vocab, **shape))
+models = {'model': make_model(config, knobs.checkpoint).to(world.device)}
 model = models['model']
 if baseline == 'no_think':
     models['lagged'] = lagged_copy(model, knobs.checkpoint)
@@ -147,7 +145,7 @@ state = run.restore({
     'accuracy': torch.tensor(0.),       # running mean of right answers at this depth
     'frequency': torch.full((max(1, n_thoughts(k)), d_thought_vocab + 1), 1 / n_states)})  # (T, L + 1)
 if knobs.checkpoint and knobs.checkpoint['script'] == knobs.script:     # what it has learned stays learned
-    state['depth'] = knobs.checkpoint['depth'].clamp(max=k)
+    state['depth'] = knobs.checkpoint['depth'].clamp(1, k)
 
 # ---- thinking, answering, and what thoughts are paid ----
 
@@ -176,10 +174,10 @@ def losses(question, states, step):
     B, T = len(question), n_thoughts(states.shape[1])
     G = group_size if thoughts in ('own', 'random') and T else 1
     n_cut = 0 if fixed else G // 2
-    noise = world.draw(torch.rand, batch_size, G - n_cut, T).flatten(0, 1)
+    noise = world.draw(batch_size, G - n_cut, T).flatten(0, 1)
     thought = think(question, states, noise, epsilon=epsilon * max(0, 1 - 2 * step / max_steps))
     if n_cut:
-        thought = add_copies(thought.view(B, -1, T), world.draw(torch.rand, batch_size, G)[:, :n_cut])
+        thought = add_copies(thought.view(B, -1, T), world.draw(batch_size, G)[:, :n_cut])
     question, answer = question.repeat_interleave(G, dim=0), states[:, -1].repeat_interleave(G)
     log_pi, entropy, log_q = respond(question, thought)                     # (B G, T), (B G, n_states)
     log_p_answer = log_q.gather(1, answer[:, None]).view(B, G)
@@ -259,6 +257,15 @@ def evaluate(step):
     return result
 
 
+def draw_meaning():
+    """HTML: how often each thought met each state, see counts below."""
+    used = counts[:-1].sum(1).nonzero()[:, 0]
+    used = used[counts[used].argmax(1).argsort()]       # ordered by the state each is mostly written for
+    figure = picture(1, f'What a thought means: purity {result["purity"]:.3f}')
+    heat_map(figure, 1, counts[used].T, 'thought', used.tolist(), 'state', questions.names[:n_states])
+    return figure.to_html()
+
+
 # ---- training ----
 
 n_steps, tested = run.first_step, None
@@ -311,10 +318,6 @@ if n_thoughts(k):
     counts.index_put_(at, torch.tensor(1.), accumulate=True)
     most = counts[:-1].max(1).values        # without end_thought
     result['purity'] = (most.sum() / counts[:-1].sum().clamp(min=1)).item()
-    if plot and run.writes:
-        used = most.nonzero()[:, 0]
-        used = used[counts[used].argmax(1).argsort()]       # ordered by the state each is mostly written for
-        figure = picture(1, f'What a thought means: purity {result["purity"]:.3f}')
-        heat_map(figure, 1, counts[used].T, 'thought', used.tolist(), 'state', questions.names[:n_states])
-        write_atomic(run.folder / 'meaning.html', figure.write_html)
+    if plot:
+        run.draw('meaning.html', draw_meaning)
 run.finish(steps=n_steps, **result)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from model import ThinkingModelConfig, make_model
 from utils import (NEED_GROUPS, Run, World, ablations, addition_questions, advantages, balanced_target,
                    concentration, curve, digits, distinct, fail, fused, heat_map, judge, make_optimizer,
-                   picture, read_knobs, recorded, sample, schedule, user_errors, write_atomic)
+                   picture, read_knobs, recorded, sample, schedule)
 
 # ---- knobs ----
 
@@ -68,7 +68,7 @@ device = 'auto'               # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'             # 'float32' | 'bfloat16'
 compile = False               # run a step as one CUDA graph: faster on a GPU
 fuse = False                  # the same with compiled kernels: twice as fast again, after half a minute
-init_from = 'scratch'         # scratch, resume, or the path of a checkpoint to take weights from
+init_from = 'scratch'         # scratch, resume, auto (resume what is there), or a checkpoint's path
 eval_only = False             # evaluate, train nothing, write nothing
 out_dir = ''                  # folder of the run; empty: out/add_think_blind/<changed knobs>
 wandb_mode = 'disabled'       # 'disabled' | 'offline' | 'online'
@@ -95,9 +95,8 @@ world = World(knobs)
 
 # ---- data ----
 
-with user_errors():
-    train_set, heldout_set = (part.to(world.device)
-                              for part in addition_questions(0, input_max, heldout, seed, n_adds))
+train_set, heldout_set = (part.to(world.device)
+                          for part in addition_questions(0, input_max, heldout, seed, n_adds))
 train_sample, heldout_sample = train_set[:eval_questions], heldout_set[:eval_questions]
 
 
@@ -112,9 +111,8 @@ shape = dict(block_size=think_len + max(1, n_adds - 1), n_layer=n_layer, n_head=
              init='unit', tie_weights=False, d_normal_vocab=input_max, d_thought_vocab=d_thought_vocab)
 kinds = {'thinking': dict(output_kind='thought'),
          'answering': dict(input_kind='thought', output_kind='normal')} if split else {'model': {}}
-with user_errors():
-    models = {name: make_model(ThinkingModelConfig(**shape, **kind), knobs.checkpoint, name).to(world.device)
-              for name, kind in kinds.items()}
+models = {name: make_model(ThinkingModelConfig(**shape, **kind), knobs.checkpoint, name).to(world.device)
+          for name, kind in kinds.items()}
 thinking, answering = [*models.values()][0], [*models.values()][-1]     # the same model without split
 if frozen != 'none':
     models[frozen].requires_grad_(False)
@@ -240,7 +238,7 @@ def evaluate(step):
 
 
 def draw_language():
-    """language.html: which thoughts are written for which answer, and how the language grew."""
+    """HTML: which thoughts are written for which answer, and how the language grew."""
     question = torch.cat([train_set, heldout_set])[:10**5]
     thoughts, column = think(question).unique(dim=0, return_inverse=True)
     counts = (answer_to(question) * len(thoughts) + column).bincount(minlength=input_max * len(thoughts))
@@ -250,7 +248,7 @@ def draw_language():
     heat_map(figure, 1, counts.view(input_max, -1), 'thoughts', names, 'answer', list(range(input_max)))
     curve(figure, 2, run, 'codes', 'firebrick')
     curve(figure, 2, run, 'bits', 'teal', right=True)
-    write_atomic(run.folder / 'language.html', figure.write_html)
+    return figure.to_html()
 
 
 # ---- training ----
@@ -267,8 +265,8 @@ for step in run.steps(run.first_step if eval_only else max_steps):
     # every process draws the whole batch and takes its share
     rows = torch.randint(len(train_set), (batch_size,), generator=world.generator, device=world.device)
     question = train_set[world.share(rows)]                                 # (B, n_adds)
-    noise = world.draw(torch.rand, batch_size)                              # (B,)
-    dice = None if search else world.draw(torch.rand, batch_size, group_size, think_len).flatten(0, 1)
+    noise = world.draw(batch_size)                              # (B,)
+    dice = None if search else world.draw(batch_size, group_size, think_len).flatten(0, 1)
     seen = update(question, answer_to(question), noise, dice, epsilon * max(0, 1 - 2 * step / max_steps))
 
     if step % log_every == 0:
@@ -284,7 +282,7 @@ run.save(n_steps, models, **state)
 result = evaluate(n_steps)
 replaced, right = ablations(think(heldout_sample), thought_tokens), answer_to(heldout_sample)
 ablation = {name: judge(answering, thoughts, right)[1] for name, thoughts in replaced.items()}
-if plot and run.writes:
-    draw_language()
+if plot:
+    run.draw('language.html', draw_language)
 update = None       # free the CUDA graph before the process group that it uses ends
 run.finish(steps=n_steps, **result, ablation=ablation)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from model import ThinkingModelConfig, make_model
 from utils import (NEED_GROUPS, Run, World, ablations, advantages, balanced_target, curve, distinct, fail,
-                   judge, make_optimizer, picture, read_knobs, sample, schedule, user_errors, write_atomic)
+                   judge, make_optimizer, picture, read_knobs, sample, schedule)
 
 # ---- knobs ----
 
@@ -64,7 +64,7 @@ log_every = 1                 # steps between lines of metrics.jsonl
 seed = 0                      # of weights, batches and thoughts
 device = 'auto'               # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'             # 'float32' | 'bfloat16'
-init_from = 'scratch'         # scratch, resume, or the path of a checkpoint to take weights from
+init_from = 'scratch'         # scratch, resume, auto (resume what is there), or a checkpoint's path
 eval_only = False             # evaluate, train nothing, write nothing
 out_dir = ''                  # folder of the run; empty: out/autoencoder_think/<changed knobs>
 wandb_mode = 'disabled'       # 'disabled' | 'offline' | 'online'
@@ -94,9 +94,8 @@ shape = dict(block_size=think_len + 1, n_layer=n_layer, n_head=n_head, d_model=d
              tie_weights=False, d_normal_vocab=input_max, d_thought_vocab=d_thought_vocab)
 kinds = {'thinking': dict(output_kind='thought'),
          'answering': dict(input_kind='thought', output_kind='normal')}
-with user_errors():
-    models = {name: make_model(ThinkingModelConfig(**shape, **kind), knobs.checkpoint, name).to(world.device)
-              for name, kind in kinds.items()}
+models = {name: make_model(ThinkingModelConfig(**shape, **kind), knobs.checkpoint, name).to(world.device)
+          for name, kind in kinds.items()}
 thinking, answering = models.values()
 if frozen != 'none':
     models[frozen].requires_grad_(False)
@@ -137,13 +136,13 @@ def evaluate(step):
 
 
 def draw_growth():
-    """growth.html: accuracy, distinct codes and bits over the steps."""
+    """HTML: accuracy, distinct codes and bits over the steps."""
     figure = picture(3, f'{method}: {input_max} inputs, {think_len} thoughts of {d_thought_vocab} tokens')
     curve(figure, 1, run, 'accuracy', 'seagreen')
     curve(figure, 2, run, 'codes', 'firebrick')
     curve(figure, 3, run, 'bits_written', 'darkorange')
     curve(figure, 3, run, 'bits', 'teal')
-    write_atomic(run.folder / 'growth.html', figure.write_html)
+    return figure.to_html()
 
 
 # ---- match and sinkhorn: each returns codes (B,) for the inputs x (B,) of all processes ----
@@ -204,7 +203,7 @@ def imitate(x, codes, step):
 
 def policy_gradient(x, codes, step):
     """Both policies learn from rollouts of the thinking policy."""
-    noise = world.draw(torch.rand, n_batch, group_size, think_len).flatten(0, 1)
+    noise = world.draw(n_batch, group_size, think_len).flatten(0, 1)
     thoughts, *both = thinking.think(x[:, None], think_len, n_rollouts=group_size, noise=noise, grad=True)
     log_pi, entropy = (each.sum(1).view(-1, group_size) for each in both)           # (B, G)
     numbers = thinking.number(thoughts).view(-1, group_size)
@@ -226,7 +225,7 @@ def straight_through(x, codes, step):
     sequence = F.one_hot(x[:, None], thinking.config.d_vocab_total).float()         # (B, 1, V)
     for _ in range(think_len):
         logits = thinking.logits(thinking.hidden(sequence)[:, -1], thought_tokens).float()
-        uniform = world.draw(torch.rand, n_batch, d_thought_vocab).clamp(1e-9)
+        uniform = world.draw(n_batch, d_thought_vocab).clamp(1e-9)
         soft = ((logits - (-uniform.log()).log()) / tau).softmax(-1)                # (B, L)
         thought = F.one_hot(soft.argmax(-1), d_thought_vocab) + soft - soft.detach()
         sequence = torch.cat([sequence, F.pad(thought, (input_max, 1))[:, None]], dim=1)
@@ -272,6 +271,6 @@ run.save(n_steps, models, **state)
 result, thoughts = evaluate(n_steps), think()
 replaced = ablations(thoughts, thought_tokens)
 ablation = {name: judge(answering, other, inputs)[1] for name, other in replaced.items()}
-if plot and run.writes:
-    draw_growth()
+if plot:
+    run.draw('growth.html', draw_growth)
 run.finish(steps=n_steps, **result, ablation=ablation)

@@ -34,8 +34,8 @@ import torch
 
 import utils
 from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig, unpack
-from utils import (advantages, fail, git_commit, make_optimizer, need, peak_flops, read_knobs,
-                   recorded, user_errors, write_atomic)
+from utils import (advantages, fail, git_commit, make_optimizer, need, read_knobs,
+                   recorded, write_atomic)
 
 # ---- knobs ----
 suite = 'learning'              # a suite of assets/suites.toml; forming: the animation; tables: no runs
@@ -72,7 +72,7 @@ def keep(suite, row, kind, command, runs):
     text = ''.join(json.dumps(one) + '\n' for one in (results(suite) | {row: line}).values())
     path = ROOT / f'assets/results/{suite}.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda path: path.write_text(text))
+    write_atomic(path, lambda file: file.write(text.encode()))
     results.cache_clear()
 
 
@@ -101,13 +101,16 @@ def run(suite, row, seed, folder, *more):
     it = row_of(suite, row)
     device = it['on'] if it['on'] == 'cpu' else f'cuda:{next(turn) % torch.cuda.device_count()}'
     folder = ROOT / f'out/bench/{suite}-{row}/{folder}'
+    done = folder.with_name(f'{folder.name}.done')      # whether it ran to its end
+    done.unlink(missing_ok=True)
     threads = {'OMP_NUM_THREADS': str(max(1, os.cpu_count() // parallel))}      # unless it is set
     command = [sys.executable, f'{it["script"]}.py', *it['knobs'].split(), f'--seed={seed}',
                f'--device={device}', f'--out_dir={folder}', *more]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=threads | os.environ)
-    if done.returncode:
-        raise ChildProcessError(f'{suite}/{row} with seed {seed} ended with exit code {done.returncode}')
-    return folder, json.loads(done.stdout.splitlines()[-1])
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=threads | os.environ)
+    if ran.returncode:
+        raise ChildProcessError(f'{suite}/{row} with seed {seed} ended with exit code {ran.returncode}')
+    done.touch()
+    return folder, json.loads(ran.stdout.splitlines()[-1])
 
 
 def learn(suite, row, seed):
@@ -119,8 +122,8 @@ def learn(suite, row, seed):
         folder = f'out/bench/{where}-{first}/{which}'
         if where == suite and first in running:
             running[first][which].result()
-        with starting:      # a run that did not end has left its lock
-            if not (ROOT / folder / 'ckpt.pt').exists() or (ROOT / f'{folder}.lock').exists():
+        with starting:
+            if not (ROOT / f'{folder}.done').exists():
                 run(where, first, which, which)
         more.append(f'--{knob}={folder}/ckpt.pt')
     folder, result = run(suite, row, seed, seed, *more)
@@ -354,8 +357,7 @@ def speed_train(batch=32, length=1024):
     makers, found = {'eager': lambda: ours(lambda loss: loss), 'compiled': lambda: ours(torch.compile)}, {}
     for name, make in (makers | ({'nanogpt': theirs} if nanogpt else {})).items():
         found |= speeds({name: make()}, 5 * batch * length)
-        peak = peak_flops(torch.device('cuda')) or math.nan
-        found[name]['mfu'] = found[name]['tokens_per_second'] * flops / peak
+        found[name]['mfu'] = found[name]['tokens_per_second'] * flops / 989e12      # of an H100
     return found
 
 
@@ -735,7 +737,7 @@ def write_pages():
         except (KeyError, ValueError, IndexError, AttributeError) as error:
             fail(f'{page.name} has a mark without a result: {error!r}')
         if new != text:
-            write_atomic(page, lambda path, new=new: path.write_text(new))
+            write_atomic(page, lambda file, new=new: file.write(new.encode()))
 
 
 # ---- the command ----
@@ -748,8 +750,7 @@ if suite == 'math' and not pretrained:
     fail('--suite=math needs --pretrained=<the model to start from>')
 failed = ()
 if suite == 'forming':
-    with user_errors():
-        forming()
+    forming()
 elif suite != 'tables':
     here = 'cuda' if torch.cuda.is_available() else 'cpu'
     every = {row: row_of(suite, row) for row in SUITES[suite]['rows']}
@@ -772,9 +773,8 @@ elif suite != 'tables':
     print('' if failed else table(suite, rows))
 write_pages()
 if pictures:
-    with user_errors():
-        Path(pictures).mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(pictures) / 'gradient.html',
-                     lambda path: gradient_picture().write_html(path, config={'displayModeBar': False}))
+    Path(pictures).mkdir(parents=True, exist_ok=True)
+    page = gradient_picture().to_html(config={'displayModeBar': False})
+    write_atomic(Path(pictures) / 'gradient.html', lambda file: file.write(page.encode()))
 if failed:
     fail('; '.join(dict.fromkeys(failed)))

@@ -20,8 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from utils import (LinearCrossEntropy, attend_to_cache, attention, being_recorded, causal, digits, fused,
-                   has_kernel, need, sample, think_merged)
+import utils
+from utils import attend_to_cache, attention, causal, digits, fused, has_kernel, need, sample, think_merged
 
 REACH = 16  # 'relative' positions: longer distances count as this
 
@@ -264,8 +264,7 @@ class GPT2(nn.Module):
 
     def loss(self, tokens, targets):
         """Mean cross-entropy, in nats, of targets (B, S), the tokens that follow tokens (B, S)."""
-        states = self.hidden(tokens).flatten(0, 1)
-        return LinearCrossEntropy.apply(states, self.lm_head.weight, targets.flatten())
+        return F.cross_entropy(self(tokens).flatten(0, 1).float(), targets.flatten())
 
     def log_probs(self, prompt, tokens, among=None):
         """Log-probabilities and entropies (N, T), in nats and with gradient, of tokens (N, T) after prompts
@@ -322,7 +321,7 @@ class GPT2(nn.Module):
                 state = self.hidden(sequence, None, positions[:S + t])[:, -1]  # (N, d_model)
             token, alive = choose(t, state)
             sequence = torch.cat([sequence, token[:, None]], dim=1)
-            if alive is not None and not being_recorded() and not alive.any():
+            if alive is not None and not utils.recording and not alive.any():
                 break
         return sequence[:, S:]
 
@@ -375,7 +374,7 @@ class GPT2Thinking(GPT2):
         many = question.repeat_interleave(n_rollouts, dim=0)  # (N, S)
         # on a CPU, or with fewer prefixes than rollouts: merge them
         repetitive = not question.is_cuda or len(choices) ** (think_len - 1) < n_rollouts
-        if grad and repetitive and use_cache and not being_recorded():
+        if grad and repetitive and use_cache and not utils.recording:
             return Thoughts(*think_merged(self, KVCache(), many, choices, noise, stop, temperature, epsilon))
         tokens = self.generate(question, think_len, among=choices, stop=stop, noise=noise,
                                positions=positions, n_rollouts=n_rollouts, use_cache=use_cache,
@@ -622,7 +621,7 @@ def from_pretrained(source):
     ValueError if there are none, or if this file cannot express the model."""
     transformers = need('transformers', 'to load pretrained weights')
     try:
-        c = transformers.AutoConfig.from_pretrained(source)
+        c = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         if c.model_type != 'gpt2':
             raise ValueError(f'{source} is not a GPT-2 but a {c.model_type}')
         odd = [name for name, usual in HF_FIXED.items() if getattr(c, name) != usual]
@@ -661,9 +660,16 @@ def unpack(packed):
     """The model that utils.pack took apart. Raises ValueError."""
     try:
         Config, Model = MODELS[packed['kind']]
-        model = Model(Config(**packed['config']))
-        model.load_state_dict(packed['state'])
-    except (KeyError, TypeError, RuntimeError) as error:
+        config, state = Config(**packed['config']), packed['state']
+        if config.n_layer > len(state):
+            raise ValueError('it lacks layers')
+        with torch.device('meta'):  # takes no memory, whatever a damaged config asks for
+            Model(config).load_state_dict(dict(state), assign=True)
+        if not all(p.isfinite().all() for p in state.values()):
+            raise ValueError('a weight is not finite')
+        model = Model(config)
+        model.load_state_dict(state)
+    except Exception as error:  # of many kinds
         raise ValueError(f'no model of this version in the checkpoint: {error}') from error
     return model
 

@@ -10,16 +10,17 @@ Every data set, made or downloaded.
     python prepare_data.py --dataset=problems           # word problems of five levels
 
 Tokens go to train.bin and val.bin, for np.memmap(file, dtype=np.uint16). meta.json lists the characters in
-the order of their tokens, and counts tokens, characters and bytes. In GPT-2's tokens each document begins
-with <|endoftext|>, except in Shakespeare. Line ends become \\n. What is there is not made again.
+the order of their tokens. In GPT-2's tokens each document begins with <|endoftext|>, except in Shakespeare.
+Line ends become \\n. A data set is made in <folder>.part, which is renamed when it is whole.
 
 Problems are text: train.jsonl and val.jsonl have lines {"question": ..., "answer": "12", "level": 1}. All
 problems with the same calculation, such as 7+3-2, are in the same file.
 """
-import hashlib
 import json
+import os
 import random
 import re
+import shutil
 import time
 import urllib.request
 from contextlib import suppress
@@ -28,10 +29,9 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
-from utils import addition_questions, fail, gpt2_encoding, need, read_knobs, user_errors, write_atomic
+from utils import addition_questions, fail, gpt2_encoding, lock, need, read_knobs, write_atomic
 
 # ---- knobs ----
 
@@ -52,8 +52,9 @@ out_dir = ''                  # folder of the data; empty: data/<dataset>
 # ---- set-up ----
 
 began, knobs = time.time(), read_knobs(__file__, globals())
-folder, PARTS = Path(out_dir or f'data/{dataset}'), ('train', 'val')
-lock = FileLock(folder / '.lock', timeout=0)
+folder, PARTS = Path(out_dir or f'data/{dataset}').resolve(), ('train', 'val')
+making = folder.with_name(f'{folder.name}.part')
+FILES = {part: f'{part}.{"jsonl" if dataset == "problems" else "bin"}' for part in PARTS}
 uses = {'text': 'path val_path val_share tokenizer', 'fineweb_edu': 'n_tokens',
         'addition': 'val_share n_questions input_min input_max seed',
         'problems': 'val_share n_problems seed'}.get(dataset, 'path').split()    # Shakespeare: path
@@ -69,22 +70,36 @@ if dataset.startswith('shakespeare'):       # like nanoGPT
     val_path, val_share, tokenizer = '', .1, 'char' if dataset == 'shakespeare_char' else 'gpt2'
 
 
-def made(ending=''):
-    """meta.json if it is of these knobs and the .bin files are complete, else None. '.part': unfinished."""
-    with suppress(OSError, ValueError, LookupError, TypeError):     # not there, or not of this script
-        meta = json.loads((folder / f'meta.json{ending}').read_text())
-        lengths = [(folder / f'{part}.bin{ending}').stat().st_size // 2 for part in PARTS]
-        whole = lengths[0] >= meta['train_tokens'] and lengths[1] >= meta['val_tokens']
+def look(folder):
+    """meta.json of a data set of these knobs, with all the tokens that it counts, else None."""
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):     # not there, not ours
+        meta = json.loads((folder / 'meta.json').read_text())
+        sizes = {part: (folder / FILES[part]).stat().st_size for part in PARTS}
+        whole = all(sizes[part] >= 2 * meta.get(f'{part}_tokens', 0) for part in PARTS)
         return meta if whole and meta['knobs'] == made_with else None
 
 
 def write(name, text):
-    """Write a file. From the first one on, other runs cannot write into the folder."""
-    try:
-        lock.acquire()      # this makes the folder
-        write_atomic(folder / name, lambda file: file.write_text(text))
-    except OSError as error:
-        fail(f'cannot write to {folder}, or another run does: {error}')
+    """Write a file of the data set."""
+    write_atomic(making / name, lambda file: file.write(text.encode()))
+
+
+def start_writing():
+    """Lock the folder in which the data set is made, and look again. Returns the lock."""
+    held, known = lock(making), {'.lock', 'meta.json', 'meta.json.tmp', 'input.txt', *FILES.values()}
+    if strange := [path for path in making.iterdir() if path.name not in known or path.is_symlink()]:
+        fail(f'{strange[0]} is not of this script, pass another --out_dir')
+    if meta := look(folder):    # another run was quicker
+        shutil.rmtree(making)
+        finish('is there', meta)
+    return held
+
+
+def complete(meta):
+    """Let the whole data set appear at once."""
+    write('meta.json', json.dumps(meta, indent=1))
+    os.rename(making, folder)
+    finish('is made', meta)
 
 
 def finish(verb, meta):
@@ -125,6 +140,10 @@ def word_problem(draw, operations, largest, most):
     return f'{question} How many {things} does {who} have {now}?', str(total), calculation
 
 
+if meta := look(folder):
+    finish('is there (to make it again, delete it)', meta)
+if folder.exists() and any(folder.iterdir()):
+    fail(f'{folder} holds something else: delete it, or pass another --out_dir')
 if dataset == 'problems':
     draw, lines = random.Random(seed), {'train': {}, 'val': {}}     # dicts, as sets that keep their order
     for level, shape in enumerate(LEVELS, 1):
@@ -133,26 +152,28 @@ if dataset == 'problems':
             line = json.dumps({'question': question, 'answer': answer, 'level': level}) + '\n'
             chance = random.Random(f'{seed} {calculation}').random()    # one per calculation
             lines['val' if chance < val_share else 'train'][line] = True
+    held = start_writing()
     for part in PARTS:
-        write(f'{part}.jsonl', ''.join(lines[part]))
-    finish('is made', {f'{part}_problems': len(lines[part]) for part in PARTS})
-if meta := made():
-    finish('is there (to make it again, delete its meta.json)', meta)
+        write(FILES[part], ''.join(lines[part]))
+    complete({'knobs': made_with, **{f'{part}_problems': len(lines[part]) for part in PARTS}})
 
 # ---- text, in pieces: (train or val, whether a document begins, text) ----
 
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-FINEWEB = {'path': 'HuggingFaceFW/fineweb-edu', 'name': 'sample-10BT', 'split': 'train'}
 # A token of GPT-2 begins at the last space or newline before a word, so a text that is cut there keeps its
 # tokens. It is cut into pieces of up to a million characters.
 PIECE = re.compile(r'.{1,1000000}(?=[ \n]\S)|.+?(?=[ \n]\S|\Z)', re.DOTALL)
 
 
 def read(where):
-    """The texts of a file, or of all files *.txt, *.txt.xz, ... in a folder and below, ordered by name."""
-    texts = []
-    for file in sorted(where.rglob('*.txt*')) if where.is_dir() else [where]:
+    """The texts of a file, or of all *.txt, *.txt.xz, .gz, .bz2 in a folder and below, ordered by name."""
+    name = re.compile(r'([^./][^/]*/)*[^./][^/]*\.txt(\.xz|\.gz|\.bz2)?')     # nothing is hidden
+    inside = (file for file in where.rglob('*') if name.fullmatch(file.relative_to(where).as_posix()))
+    texts, files = [], sorted(inside) if where.is_dir() else [where]
+    for file in files:
         try:
+            if file.exists() and not file.is_file():
+                raise OSError('it is no regular file')
             with fsspec.open(file, 'rt', compression='infer', encoding='utf-8-sig') as f:
                 texts.append(f.read())
         except Exception as error:      # missing, damaged or not text
@@ -163,7 +184,8 @@ def read(where):
 def fineweb_pieces():
     """FineWeb-Edu, from the document where it was left. Every 100th document is for val."""
     try:
-        documents = datasets.load_dataset(**FINEWEB, streaming=True).skip(meta['pieces'])
+        documents = datasets.load_dataset('HuggingFaceFW/fineweb-edu', 'sample-10BT', split='train',
+                                          streaming=True).skip(meta['pieces'])
         for i, document in enumerate(documents, meta['pieces']):
             if meta['train_tokens'] >= n_tokens:
                 break
@@ -174,25 +196,25 @@ def fineweb_pieces():
 
 characters, total = [], None    # no characters: GPT-2's tokens
 if dataset == 'addition':       # the questions of add_normal.py, split as there with heldout=val_share
-    source, characters = 'utils.addition_questions', list('0123456789+=\n')
-    with user_errors():
-        parts = addition_questions(input_min, input_max, val_share, seed, n_max=n_questions)
+    characters = list('0123456789+=\n')
+    parts = addition_questions(input_min, input_max, val_share, seed, n_max=n_questions)
     n, m = len(str(input_max - 1)), len(str(2 * input_max - 2))     # digits of a number and of a sum
     pieces = iter([(part, False, ''.join(f'{a:0{n}}+{b:0{n}}={a + b:0{m}}\n' for a, b in some.tolist()))
                    for part, rows in zip(PARTS, parts) for some in rows.split(10_000)])
 elif dataset == 'fineweb_edu':
-    with user_errors():
-        datasets = need('datasets', 'to stream FineWeb-Edu')
-    source, pieces, total = ', '.join(FINEWEB.values()), fineweb_pieces(), n_tokens // 1000    # roughly
+    datasets = need('datasets', 'to stream FineWeb-Edu')
+    pieces, total = fineweb_pieces(), n_tokens // 1000      # roughly
 else:
-    source, file = path or SHAKESPEARE, Path(path or folder / 'input.txt')
+    file = Path(path or making / 'input.txt')
     if not path and not file.exists():
         try:
             text = urllib.request.urlopen(SHAKESPEARE, timeout=60).read().decode()
             assert len(text) == 1_115_394, 'it is not what it was'
         except Exception as error:      # networks fail in many ways
             fail(f'cannot download {SHAKESPEARE}, pass a copy of it by --path=input.txt: {error}')
+        held = start_writing()
         write('input.txt', text)
+        held.release()
     texts = read(file)
     end = int(sum(map(len, texts)) * (1 if val_path else 1 - val_share))    # where val begins
     texts += read(Path(val_path)) if val_path else []
@@ -206,35 +228,29 @@ else:
 if len(characters) > 2**16:
     fail(f'{len(characters)} different characters are too many, try --tokenizer=gpt2')
 
-# ---- tokens, in files *.part until they are whole ----
+# ---- tokens ----
 
 encoding = None if characters else gpt2_encoding()
 number = {character: i for i, character in enumerate(characters)}
-meta = {'source': source, 'dataset': dataset, 'knobs': made_with, 'pieces': 0,
-        **{f'{part}_{what}': 0 for part in PARTS for what in ('tokens', 'characters', 'bytes')}}
-meta |= ({'tokenizer': 'char', 'd_vocab': len(characters), 'characters': characters} if characters else
-         {'tokenizer': 'gpt2', 'd_vocab': encoding.n_vocab})
+meta = {'knobs': made_with, 'pieces': 0, 'train_tokens': 0, 'val_tokens': 0, 'characters': characters,
+        'tokenizer': 'char' if characters else 'gpt2', 'd_vocab': len(characters) or encoding.n_vocab}
 if dataset == 'fineweb_edu':
-    meta = made('.part') or meta
+    meta = look(making) or meta
 pieces = chain(list(islice(pieces, 1)), pieces)     # get one before anything is written
-write('meta.json.part', json.dumps(meta))
-files = {part: open(folder / f'{part}.bin.part', 'ab') for part in PARTS}
+held = start_writing()
+write('meta.json', json.dumps(meta))    # first, so that it is never beside another data set's files
+files = {part: open(making / FILES[part], 'ab') for part in PARTS}
 for part, file in files.items():
-    file.truncate(2 * meta[f'{part}_tokens'])      # forget what was written after meta.json.part
+    file.truncate(2 * meta[f'{part}_tokens'])       # forget what was written after meta.json
 for part, begins, text in tqdm(pieces, initial=meta['pieces'], total=total, disable=None):
     tokens = ([number[character] for character in text] if characters else
               [encoding.eot_token] * begins + encoding.encode_ordinary(text))
     np.array(tokens, np.uint16).tofile(files[part])
-    for what, n in (('tokens', len(tokens)), ('characters', len(text)), ('bytes', len(text.encode()))):
-        meta[f'{part}_{what}'] += n
+    meta[f'{part}_tokens'] += len(tokens)
     meta['pieces'] += 1
     if meta['pieces'] % 1000 == 0:
-        write('meta.json.part', json.dumps(meta))
-(folder / 'meta.json').unlink(missing_ok=True)      # it must not describe other files
-for part, file in files.items():
+        write('meta.json', json.dumps(meta))
+for file in files.values():
+    os.fsync(file.fileno())
     file.close()
-    write_atomic(folder / f'{part}.bin', Path(file.name).rename)      # once it is on the disk
-    meta[f'{part}_sha256'] = hashlib.sha256(np.memmap(folder / f'{part}.bin', mode='r')).hexdigest()
-write('meta.json', json.dumps(meta, indent=1))
-(folder / 'meta.json.part').unlink()
-finish('is made', meta)
+complete(meta)

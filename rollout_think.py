@@ -24,22 +24,22 @@ With reward=math a pretrained model of transformers solves problems, thinking in
 the right answer, and for the form that examples show: the answer in one \\boxed{}. Its loss is a sum over
 tokens: a mean would make short right solutions count more, and long wrong ones less (Dr. GRPO).
 """
-import copy
-import html
+import json
 import math
+import re
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from model import GPT2, GPT2Thinking, ModelConfig, choice, find_model, from_pretrained
-from utils import (Run, World, advantages, concentration, fail, grade, load_checkpoint, load_problems,
+from utils import (Run, World, advantages, as_html, concentration, fail, fingerprint, load_checkpoint,
                    load_text, make_optimizer, need, paint, read_knobs, recorded, sample, schedule,
-                   show_tokens, user_errors, write_atomic)
+                   show_tokens)
 
 # ---- knobs ----
 
@@ -48,7 +48,7 @@ data = 'data/shakespeare_char'    # folder that prepare_data.py made; math: or o
 levels = ''                   # math: wanted difficulties, separated by commas; empty: all
 format_weight = .1            # math: what the right form is paid; the right answer is paid 1
 micro_batch = 32              # math: solutions that are read at once for the gradient; 0: all of a process
-reference = ''                # who judges: a checkpoint, a .gguf file, or a transformers folder or hub name
+reference = ''                # who judges: a checkpoint, or the folder or hub name of a GPT-2
 prefix_len = 32               # tokens of real text to go on from
 text_len = 32                 # normal tokens that are written; math: at most
 batch_size = 8                # prefixes or problems per step, over all processes
@@ -69,8 +69,6 @@ advantage = 'dr_grpo'         # 'dr_grpo' | 'grpo' | 'rloo' | 'quantile' | 'soft
                               # 'softmax_centred' | 'best': see utils.py
 tau = 1.                      # temperature of the three softmax
 gamma = .9                    # share of its return that a normal token passes on to the one before
-repeat_cost = 0.              # price of a normal token that completes four that its text has already, nats
-kl_weight = 0.                # price of the KL divergence from the starting model
 entropy_weight = 1.           # reward for entropy: times a normal token's own -log p
 supervised_weight = 0.        # of the cross-entropy of the real continuation, with own thoughts inside
 temperature = 1.              # of rollouts
@@ -81,8 +79,9 @@ seed = 0                      # of weights, prefixes and rollouts
 device = 'auto'               # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'             # 'float32' | 'bfloat16'
 compile = False               # write as one CUDA graph of fused kernels: faster, a minute later
-init_from = 'scratch'         # scratch, resume, a checkpoint, a GPT-2's hub name; math: folder, hub name
-page = False                  # write samples.html: texts and thoughts before and after training
+init_from = 'scratch'         # scratch, resume, auto (see other scripts), a checkpoint, a GPT-2's hub name;
+                              # math: a model of transformers, a folder, hub name or .gguf file
+page = False                  # write samples.html at the end: texts with thoughts
 eval_only = False             # evaluate, train nothing, write nothing
 out_dir = ''                  # folder of the run; empty: out/rollout_think/<changed knobs>
 wandb_mode = 'disabled'       # 'disabled' | 'offline' | 'online'
@@ -98,52 +97,17 @@ world, G = World(knobs), group_size
 # two parts of one shape follow, text and problems: training takes draw, losses and evaluate from one of them
 
 
-def load_theirs(kind, source, **options):
-    """What a class of transformers loads from a folder, hub name or .gguf file. Raises ValueError."""
-    transformers = need('transformers', 'for models of other families')
-    transformers.utils.logging.disable_progress_bar()
-    if source.endswith('.gguf'):
-        source, options['gguf_file'] = str(Path(source).parent), Path(source).name
-    try:
-        return getattr(transformers, kind).from_pretrained(source, **options)
-    except Exception as error:      # of many kinds
-        raise ValueError(f'no model of transformers at {source}: {str(error).strip()}') from error
-
-
 # ---- text: data and models ----
 
 def load_reference():
     """A function from prefixes (N, S) and texts (N, n) behind them to log-probabilities (N, n)."""
-    if reference.endswith('.pt'):
-        judge = find_model(load_checkpoint(reference))
-    else:
-        theirs = load_theirs('AutoConfig', reference)
-        if theirs.model_type != 'gpt2' or theirs.vocab_size != d_vocab:     # not the tokens of the data
-            judge = load_theirs('AutoModelForCausalLM', reference, dtype=torch.float32)
-            tokenizer = load_theirs('AutoTokenizer', reference)
-            return partial(judge_by_characters, judge.to(world.device).eval(), tokenizer)
-        judge = from_pretrained(reference)
+    known = load_checkpoint(reference, text=knobs.text) if reference.endswith('.pt') else None
+    judge = find_model(known) if known else from_pretrained(reference)
     room, n_tokens = judge.config.block_size, getattr(judge.config, 'd_normal_vocab', judge.config.d_vocab)
     if room < n_cut - 1 or n_tokens != d_vocab:
         fail(f'{reference} reads {room} of {n_tokens} tokens, texts have {n_cut - 1} of {d_vocab}')
     judge.to(world.device).eval()
     return lambda prefix, text: judge.log_probs(prefix, text, range(d_vocab))[0]
-
-
-def judge_by_characters(judge, tokenizer, prefix, text):
-    """The same with other tokens: their log p, summed up to each character, is read where ours end."""
-    ours = [decode(row) for row in torch.cat([prefix, text], dim=1).tolist()]
-    theirs = tokenizer([''.join(row) for row in ours], add_special_tokens=False, return_offsets_mapping=True)
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    ids = [torch.tensor([start, *row]) for row in theirs['input_ids']]
-    ids = pad_sequence(ids, batch_first=True, padding_value=start).to(world.device)     # (N, 1 + width)
-    log_p = judge(ids[:, :-1]).logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    shares = []
-    for row, spans, pieces in zip(log_p.tolist(), theirs['offset_mapping'], ours):
-        ends = np.cumsum([len(piece) for piece in pieces])
-        so_far = np.interp(ends, [0, *(end for _, end in spans)], [0, *np.cumsum(row[:len(spans)])])
-        shares.append(np.diff(so_far, prepend=0)[prefix.shape[1]:])
-    return torch.tensor(np.array(shares), dtype=torch.float, device=world.device)
 
 
 def cut(tokens, starts):
@@ -153,28 +117,25 @@ def cut(tokens, starts):
 
 
 if reward == 'text':
-    train_set, val_set, d_vocab, decode = load_text(data)
+    train_set, val_set, d_vocab, decode = load_text(data, knobs)
     n_cut, longest = prefix_len + text_len, text_len * (think_len + 1)
     n_read = prefix_len + longest       # at most, with thoughts
     if min(len(train_set), len(val_set)) <= n_cut:
         fail(f'{data} has no {n_cut} tokens in a row: a smaller --prefix_len or --text_len')
     val_prefix, val_real = cut(val_set, torch.linspace(0, len(val_set) - n_cut, eval_prefixes).long())
-    with user_errors():
-        if knobs.checkpoint:        # its shape counts, not the knobs
-            model = find_model(knobs.checkpoint)
-        elif init_from != 'scratch':
-            model = from_pretrained(init_from)
-        else:
-            model = GPT2(ModelConfig(d_vocab, n_read, n_layer, n_head, d_model))
-        if not isinstance(model, GPT2Thinking):
-            room = max(model.config.block_size, n_read)
-            model = GPT2Thinking.from_normal(model, d_thought_vocab, block_size=room)
-        start = find_model(knobs.checkpoint, 'start') if init_from == 'resume' else copy.deepcopy(model)
-        judged = load_reference()
+    if knobs.checkpoint:        # its shape counts, not the knobs
+        model = find_model(knobs.checkpoint)
+    elif init_from != 'scratch':
+        model = from_pretrained(init_from)
+    else:
+        model = GPT2(ModelConfig(d_vocab, n_read, n_layer, n_head, d_model))
+    if not isinstance(model, GPT2Thinking):
+        room = max(model.config.block_size, n_read)
+        model = GPT2Thinking.from_normal(model, d_thought_vocab, block_size=room)
     config, room, n_tokens = model.config, model.config.block_size, model.config.d_normal_vocab
     if room < n_read or n_tokens != d_vocab:
         fail(f'{init_from} reads {room} of {n_tokens} tokens, texts have up to {n_read} of {d_vocab}')
-    models = {'model': model.to(world.device), 'start': start.to(world.device).eval()}
+    models, judged = {'model': model.to(world.device)}, load_reference()
 
 # ---- text: what is written, and what it is paid ----
 
@@ -215,13 +176,10 @@ def repeats(text, n=4):
 
 
 def pay(prefix, text, own):
-    """Discounted rewards (N, n) of tokens of texts (N, n) with own log p (N, n); and what to log."""
-    log_p, log_p_start = judged(prefix, text), models['start'].log_probs(prefix, text, range(d_vocab))[0]
-    kl, again = own - log_p_start, repeats(torch.cat([prefix, text], dim=1))[:, prefix_len:]
-    rewards = log_p - entropy_weight * own - kl_weight * kl - repeat_cost * again
-    place = torch.arange(text_len, device=text.device)
-    returns = rewards @ (gamma ** (place[:, None] - place).abs()).tril()    # paid for what follows, too
-    return returns, {'reward': log_p.mean(), 'kl': kl.mean(), 'repeats': again.float().mean()}
+    """Discounted rewards (N, n) of tokens of texts (N, n) with own log p (N, n); and their mean log p."""
+    log_p, place = judged(prefix, text), torch.arange(text_len, device=text.device)
+    paid_on = (gamma ** (place[:, None] - place).abs()).tril()      # (n, n): what follows pays, too
+    return (log_p - entropy_weight * own) @ paid_on, log_p.mean()
 
 
 def text_losses(batch, dice):
@@ -231,12 +189,13 @@ def text_losses(batch, dice):
     log_pi, own, entropy = read(many, tokens)  # (N, T), (N, n), (N, n)
     text, place = strip(tokens[:, :log_pi.shape[1]])  # (N, n), (N, T)
     with torch.no_grad():       # rollouts of a prefix are a group at each of n places
-        returns, seen = pay(many, text, own)
+        returns, log_p = pay(many, text, own)
         groups = returns.view(-1, G, text_len).transpose(1, 2).flatten(0, 1)  # (B n, G)
         weights = advantages(groups, advantage, tau).view(-1, text_len, G).transpose(1, 2).flatten(0, 1)
     loss = -(weights.gather(1, place) * log_pi).sum() / (len(prefix) * text_len)
-    seen |= {'entropy': entropy.detach().mean(), 'reward_std_in_group': groups.std(1, correction=0).mean(),
-             'thoughts': ((tokens != config.end_thought).sum() - text.numel()) / text.numel()}
+    seen = {'reward': log_p, 'entropy': entropy.detach().mean(),
+            'reward_std_in_group': groups.std(1, correction=0).mean(),
+            'thoughts': ((tokens != config.end_thought).sum() - text.numel()) / text.numel()}
     if supervised_weight:
         supervised = -read(prefix, write_real(prefix, noise_real, real))[1].mean()
         loss, seen['supervised_loss'] = loss + supervised_weight * supervised, supervised.detach()
@@ -248,7 +207,8 @@ def text_losses(batch, dice):
 def describe(text):
     """Loss of texts (eval_prefixes, n) by the reference, nats per token; how varied and repetitive."""
     loss, runs = -judged(val_prefix, text).mean().item(), text.unfold(1, min(4, text_len), 1).flatten(0, 1)
-    return {'val_loss': loss, 'perplexity': math.exp(loss), 'distinct_4': len(runs.unique(dim=0)) / len(runs),
+    return {'val_loss': loss, 'perplexity': math.exp(min(loss, 700)),    # which fits into a number
+            'distinct_4': len(runs.unique(dim=0)) / len(runs),
             'repeated_8': repeats(text, 8).float().mean().item()}
 
 
@@ -278,30 +238,74 @@ def evaluate_texts(step):
 
 
 @torch.no_grad()
-def write_page():
-    """samples.html: ten prefixes go on, before and after training, and what each thought changed."""
-    page = ('<!doctype html><meta charset="utf-8"><style>body{max-width:50em;margin:auto;font:16px serif;'
-            'white-space:pre-wrap;overflow-wrap:anywhere}i{color:#999}b{color:#088}</style>')
-    for title, by in (('Before', models['start']), ('After', model)):
-        page += f'<h2>{title}</h2>'
-        torch.manual_seed(seed)
-        tokens = by.write(val_prefix[:10], text_len, think_len, fixed=fixed)
-        text, place = strip(tokens)
-        states = by.hidden(torch.cat([val_prefix[:10], tokens], dim=1))[:, prefix_len - 1:]
-        log_p = by.logits(states, range(d_vocab)).log_softmax(-1)  # (N, T + 1, d_vocab)
-        coming = text.gather(1, place)[..., None]  # (N, T, 1) the next normal token
-        rise = log_p[:, 1:].gather(-1, coming) - log_p[:, :-1].gather(-1, coming)
-        for start, row, rises in zip(val_prefix.tolist(), tokens.tolist(), rise[..., 0].tolist()):
-            texts = list(map(html.escape, decode(start + [token for token in row if token < d_vocab])))
-            rest = iter(texts[prefix_len:])
-            page += f'<p><i>{"".join(texts[:prefix_len])}</i>' + ''.join(
-                next(rest) if token < d_vocab else
-                f'<b title="log p of the next token {nats:+.2f}">&lt;think{token - d_vocab}&gt;</b>'
-                for token, nats in zip(row, rises) if token != config.end_thought) + '</p>'
-    write_atomic(run.folder / 'samples.html', lambda path: path.write_text(page, encoding='utf-8'))
+def samples_page():
+    """HTML: how the model goes on from ten prefixes, with its thoughts."""
+    torch.manual_seed(seed)
+    written = model.write(val_prefix[:10], text_len, think_len, fixed=fixed)
+    tokens = torch.cat([val_prefix[:10], written], dim=1)
+    texts = (show_tokens(row[row != config.end_thought], config, decode, '') for row in tokens)
+    return '<!doctype html><meta charset="utf-8"><title>Samples</title>' + '<hr>'.join(map(as_html, texts))
 
 
 # ---- problems: data and model ----
+
+def boxed(text):
+    """What the last \\boxed{...} of a text holds; None if it is missing or does not end."""
+    _, found, rest = text.rpartition('\\boxed{')
+    depth = 1
+    for i, character in enumerate(rest if found else ''):
+        depth += {'{': 1, '}': -1}.get(character, 0)
+        if depth == 0:
+            return rest[:i]
+    return None
+
+
+def load_problem(line):
+    """{question, answer, level}, text, from a line of JSON of our form, GSM8K or MATH. Raises ValueError."""
+    row = json.loads(line)
+    question, answer = row.get('question', row.get('problem')), row.get('answer')
+    answer = boxed(str(row.get('solution'))) if answer is None else str(answer).rpartition('####')[2]
+    if not isinstance(question, str) or not answer or not answer.strip():
+        raise ValueError('it needs a question or problem, an answer or a solution with \\boxed{}')
+    level = str(row.get('level', '')).removeprefix('Level ')
+    return {'question': question, 'answer': answer.strip(), 'level': level}
+
+
+def load_problems(path):
+    """Two or more problems of the wanted levels from a file of JSON lines, by level."""
+    problems, wrong = [], f'no problems in {path}'
+    try:
+        for n, line in enumerate(path.read_text(encoding='utf-8-sig').split('\n'), 1):
+            wrong = f'{path}, line {n} is no problem'
+            problems += [load_problem(line)] if line.strip() else []
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        fail(f'{wrong}: {error}')
+    found = sorted({problem['level'] for problem in problems})
+    wanted = levels.replace(' ', '').split(',') if levels else found
+    problems = sorted((row for row in problems if row['level'] in wanted), key=lambda row: row['level'])
+    if len(problems) < 2:
+        fail(f'{path} has no two problems of levels={levels}; its levels are {", ".join(found) or "none"}')
+    return problems
+
+
+def value(answer):
+    """An answer without what does not matter: a Fraction if it is a number, else text."""
+    answer = re.sub(r'\\text\{([^{}]*)\}', r'\1', answer)
+    answer = re.sub(r'(?<!\d)\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}', r'\1/\2', answer)
+    answer = re.sub(r'\\left|\\right|\\[,!;:]|[\s$%\\]|(?<=\d),(?=\d{3}(\D|$))', '', answer).rstrip('.')
+    try:
+        return Fraction(answer) if re.fullmatch(r'[+-]?(\d+/\d+|\d+\.?\d*|\.\d+)', answer) else answer
+    except (ValueError, ZeroDivisionError):  # too many digits, n/0
+        return answer
+
+
+def grade(solution, answer):
+    """Whether a solution gives the answer, in the last box or as the last number; whether it has one box."""
+    given = boxed(solution)
+    numbers = re.findall(r'(?:(?<![\d.])-)?\d+(?:,\d{3})*(?:\.\d+)?', solution) if given is None else [given]
+    right = bool(numbers) and value(numbers[-1]) == value(answer)
+    return right, given is not None and solution.count('\\boxed{') == 1
+
 
 TURNS = [   # examples show the form: the smallest models do not get it from the words
     'Solve the problem step by step. Put the answer into \\boxed{}.\n\n'
@@ -330,28 +334,38 @@ def ask(problems):
 
 if reward == 'math':
     path = Path(data)
-    train_set = load_problems(path / 'train.jsonl' if path.is_dir() else path, levels)
+    train_set = load_problems(path / 'train.jsonl' if path.is_dir() else path)
     tests = [file for file in (path / 'val.jsonl', path / 'test.jsonl') if file.exists()]
-    val_set = load_problems(tests[0], levels) if tests else train_set[::10]
+    val_set = load_problems(tests[0]) if tests else train_set[::10]
     if not tests:       # every tenth is held out
         del train_set[::10]
+    knobs.text = {'data': fingerprint(json.dumps(train_set).encode())}
     packed = knobs.checkpoint['models'].get('model', {}) if knobs.checkpoint else {'source': init_from}
     if 'source' not in packed:
         fail(f'{init_from} has no model for --reward=math')
-    with user_errors():
-        tokenizer = load_theirs('AutoTokenizer', packed['source'])
+    if init_from == 'resume' and knobs.checkpoint['text'] != knobs.text:
+        fail(f'{data} is not what the checkpoint was trained on')
+    transformers = need('transformers', 'for models of other families')
+    transformers.utils.logging.disable_progress_bar()
+    source, options = packed['source'], {'trust_remote_code': False}
+    if source.endswith('.gguf'):
+        source, options['gguf_file'] = str(Path(source).parent), Path(source).name
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        model.load_state_dict(packed.get('state', model.state_dict()))
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        model = load_theirs('AutoModelForCausalLM', packed['source'], dtype=torch.float32).to(world.device)
         n_read = ask(train_set + val_set)[0].shape[1] + text_len
-    model.load_state_dict(packed.get('state', model.state_dict()))
-    models = {'model': {'source': packed['source'], 'state': model.state_dict()}}   # the tensors, no copies
+    except Exception as error:      # of many kinds
+        fail(f'no model of transformers at {source}: {error}')
+    models = {'model': {'source': packed['source'], 'state': model.to(world.device).state_dict()}}
     longest, room = text_len, getattr(model.config, 'max_position_embeddings', math.inf)
     if n_read > room:
         fail(f'{init_from} reads {room} tokens, problems with their solutions have up to {n_read}')
     # greedy, since solve samples on its own, and free of its makers' settings
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
-    model.generation_config = need('transformers', '').GenerationConfig(
+    model.generation_config = transformers.GenerationConfig(
         max_new_tokens=text_len, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends)
 
 
@@ -429,7 +443,7 @@ for step in run.steps(run.first_step if eval_only else max_steps):
         evaluate(step)
     schedule(optimizer, learning_rate, step, max_steps, warmup_steps, cosine=True)
     rows = torch.from_numpy(np.random.default_rng([seed, step]).integers(n_train, size=batch_size))
-    dice = [world.draw(torch.rand, batch_size * n, longest) for n in (G, 1)]    # for rollouts, for real text
+    dice = [world.draw(batch_size * n, longest) for n in (G, 1)]    # for rollouts, for real text
     with world.autocast:
         loss, seen = losses(draw(train_set, world.share(rows)), dice)
     loss.backward()
@@ -445,6 +459,6 @@ for step in run.steps(run.first_step if eval_only else max_steps):
 
 run.save(n_steps, models)
 result = evaluate(n_steps)
-if page and reward == 'text' and run.writes:
-    write_page()
+if page and reward == 'text':
+    run.draw('samples.html', samples_page)
 run.finish(steps=n_steps, **result)

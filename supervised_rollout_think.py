@@ -29,7 +29,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from model import GPT2, GPT2Thinking, ModelConfig, find_model, lagged_copy, make_model
 from utils import (Run, World, ablations, advantages, fail, load_checkpoint, load_text, make_optimizer,
-                   peak_flops, read_knobs, sample, schedule, show_tokens, user_errors)
+                   read_knobs, sample, schedule, show_tokens)
 
 # ---- knobs ----
 
@@ -69,7 +69,7 @@ seed = 0                      # of weights, batches and thoughts
 device = 'auto'               # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'             # 'float32' | 'bfloat16'
 compile = False               # compile the model, faster after a minute or two
-init_from = 'scratch'         # scratch, resume, or the path of a checkpoint to take weights from
+init_from = 'scratch'         # scratch, resume, auto (resume what is there), or a checkpoint's path
 reference = ''                # checkpoint of a model without thoughts, to compare the loss with
 eval_only = False             # evaluate, train nothing, write nothing
 out_dir = ''                  # folder of the run; empty: out/supervised_rollout_think/<changed knobs>
@@ -96,7 +96,7 @@ temperature = 1. if thought_kind == 'token' else 0.     # of thoughts; 0 takes t
 
 # ---- data ----
 
-train_set, val_set, d_vocab, decode = load_text(data)
+train_set, val_set, d_vocab, decode = load_text(data, knobs)
 if min(len(train_set), len(val_set)) < text_len + 1:
     fail(f'{data} has no {text_len + 1} tokens in a row: a smaller --text_len')
 train_set, val_set = (sliding_window_view(text, text_len + 1) for text in (train_set, val_set))   # (n, S + 1)
@@ -111,17 +111,16 @@ def cut(rows):
 # ---- model, optimiser, run ----
 
 SPREAD = 3.     # size of the embeddings of thoughts at first, those of text are 1: how certain thoughts are
-with user_errors():
-    model = GPT2(ModelConfig(d_vocab, text_len, n_layer, n_head, d_model, dropout=dropout))
-    if think_len:       # what it knows of text at first is the same with thoughts and without
-        model = GPT2Thinking.from_normal(model, d_thought_vocab, SPREAD, block_size=text_len + think_len,
-                                         gate={'learned': 0., 'open': 1.}.get(gate))
-    if knobs.checkpoint:
-        model = make_model(model.config, knobs.checkpoint, spread=SPREAD)
-    models = {'model': model.to(world.device)}
-    if paid and baseline == 'no_think':
-        models['lagged'] = lagged_copy(model, knobs.checkpoint).eval()
-    other = find_model(load_checkpoint(reference)).to(world.device).eval() if reference else None
+model = GPT2(ModelConfig(d_vocab, text_len, n_layer, n_head, d_model, dropout=dropout))
+if think_len:       # what it knows of text at first is the same with thoughts and without
+    model = GPT2Thinking.from_normal(model, d_thought_vocab, SPREAD, block_size=text_len + think_len,
+                                     gate={'learned': 0., 'open': 1.}.get(gate))
+if knobs.checkpoint:
+    model = make_model(model.config, knobs.checkpoint, spread=SPREAD)
+models = {'model': model.to(world.device)}
+if paid and baseline == 'no_think':
+    models['lagged'] = lagged_copy(model, knobs.checkpoint).eval()
+other = find_model(load_checkpoint(reference, text=knobs.text)).to(world.device).eval() if reference else None
 if other and (other.config.d_vocab != d_vocab or other.config.block_size < text_len):
     fail(f'reference={reference} is no normal model of {d_vocab} tokens that reads {text_len} of them')
 normal_tokens, thought_tokens = range(d_vocab), range(d_vocab, d_vocab + d_thought_vocab)
@@ -246,7 +245,7 @@ learn = torch.compile(learn) if compile else learn
 # attention to text. Each pass of thoughts reads as many tokens again; attention to thoughts is left out.
 n_weights = sum(p.numel() for name, p in model.named_parameters() if name != 'wpe.weight')
 n_flops = (1 + G * think_len // at_once) * (6 * n_weights + 12 * n_layer * d_model * text_len)
-peak = peak_flops(world.device) if dtype == 'bfloat16' else None
+peak = 989e12 if dtype == 'bfloat16' else None        # operations per second of an H100 (data sheet)
 n_steps, begun, since = run.first_step, run.first_step, run.seconds()       # where the speed is measured from
 for step in run.steps(run.first_step if eval_only else max_steps):
     if step % eval_every == 0:
@@ -260,7 +259,7 @@ for step in run.steps(run.first_step if eval_only else max_steps):
     # seed and step decide what is read: the same with thoughts and without
     index = np.random.default_rng([seed, step]).integers(len(train_set), size=batch_size)
     x, y = (world.share(rows) for rows in cut(train_set[index]))                # (B, S)
-    noise = world.draw(torch.rand, batch_size, G, text_len, think_len).flatten(0, 1)    # (B G, S, T)
+    noise = world.draw(batch_size, G, text_len, think_len).flatten(0, 1)    # (B G, S, T)
     bonus = torch.tensor(entropy_weight * (1 - step / max_steps), device=world.device)
     size, logged = micro_batch or len(x), []
     for part in zip(x.split(size), y.split(size), noise.split(size * G)):

@@ -3,6 +3,7 @@ import codecs
 import contextlib
 import difflib
 import functools
+import hashlib
 import html
 import importlib
 import itertools
@@ -11,11 +12,14 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
+import zipfile
 from dataclasses import asdict
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -32,23 +36,31 @@ except ImportError:  # without a GPU
     triton = None
 
 
-# ---- bad input (one line, exit code 2), knobs ----
+# ---- what ends a program early (one line, exit code 2), knobs ----
 
-def fail(message):
-    """End the program: one line on stderr, exit code 2."""
-    print('error:', ' '.join(str(message).split())[:500], file=sys.stderr)
-    sys.exit(2)
+def fail(message, code=2):
+    """End the program: one line on stderr."""
+    print('error:', ' '.join(printable(str(message)).split())[:500], file=sys.stderr)
+    sys.exit(code)
 
 
-@contextlib.contextmanager
-def user_errors():
-    """A ValueError inside, or too little memory, is a user's mistake."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and 'memory' not in str(error):
-            raise
-        fail(error)
+def excepthook(kind, error, trace):
+    """What is no bug ends a script in one line: a user's mistake, a ValueError raised in this folder; Ctrl-C;
+    what files, memory or the compiler refuse."""
+    first, raised_in = str(error).strip().partition('\n')[0], traceback.extract_tb(trace)[-1].filename
+    if kind is BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    if kind is KeyboardInterrupt:
+        fail(f'stopped{Run.where}', code=130)
+    if issubclass(kind, OSError):
+        fail(f'{error.filename or "output"}: {error.strerror or first}{Run.where}')
+    if kind.__module__.startswith(('torch._dynamo', 'torch._inductor')):
+        fail(f'--compile=True does not work here: {first}')
+    if (issubclass(kind, ValueError) and Path(raised_in).resolve().parent == Path(__file__).parent
+            or issubclass(kind, (RuntimeError, MemoryError)) and 'memory' in first):
+        fail(first)
+    sys.__excepthook__(kind, error, trace)
 
 
 def need(package, purpose):
@@ -61,20 +73,23 @@ def need(package, purpose):
 
 LIMITS = {name: limits for limits, names in {  # smallest and largest value; others: 0 and 2^31
     (1, 2**31): 'max_steps inner_steps eval_every eval_questions log_every n_tokens seeds parallel',
-    (1, 2**20): 'batch_size group_size d_thought_vocab d_model text_len eval_sequences eval_prefixes '
-                'prefix_len', (1, 10**5): 'n_problems', (2, 2**31): 'input_max n_questions',
-    (1, 2**12): 'n_layer n_head n_adds k n_letters at_once', (0, 2**12): 'think_len k_test',
-    (1e-6, 1e9): 'tau max_seconds', (1e-3, 1e3): 'temperature',
-    (0, 1): 'epsilon hardest advance_at beta2', (0, .99): 'heldout val_share dropout',
+    (1, 2**20): 'batch_size d_thought_vocab d_model text_len eval_sequences eval_prefixes prefix_len',
+    (1, 10**5): 'n_problems', (2, 2**31): 'input_max n_questions',
+    (1, 2**12): 'group_size n_layer n_head n_adds k n_letters at_once', (0, 2**12): 'think_len k_test',
+    (1e-6, 1e9): 'tau max_seconds', (1e-3, 1e3): 'temperature', (0, 1): 'epsilon hardest advance_at',
+    (0, .9999): 'beta2', (0, .99): 'heldout val_share dropout',
 }.items() for name in names.split()}
+KINDS = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'text'}
+# never taken from a checkpoint, which may be somebody else's
+ELSEWHERE = {'init_from', 'eval_only', 'out_dir', 'wandb_mode', 'device'}
 # can change when a run is resumed; not in its folder name
-FREE = 'init_from eval_only out_dir max_steps max_seconds eval_every log_every wandb_mode plot page'.split()
+FREE = ELSEWHERE | set('max_steps max_seconds eval_every log_every plot page'.split())
 # decide which questions are held out, and stay with the weights
 SPLIT = set('seed heldout input_min input_max n_adds task n_letters k'.split())
 
 
 class Knobs(dict):
-    """A script's knobs by name. Has script (its name), folder, changed (by the user), checkpoint."""
+    """A script's knobs by name. Has script (its name), folder, changed (by the user), checkpoint, text."""
 
 
 def read_knobs(file, script_globals, pretrained=False):
@@ -83,9 +98,14 @@ def read_knobs(file, script_globals, pretrained=False):
     init_from=resume knobs not given come from the checkpoint; with a checkpoint of the same script only
     those in SPLIT. pretrained: other paths are the script's.
     """
-    block = Path(file).read_text().partition('# ---- knobs ----')[2].partition('\n# ----')[0].strip()
+    sys.excepthook = excepthook
+    if 'WORLD_SIZE' not in os.environ and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
+        sys.stdout.reconfigure(errors='replace')  # if a terminal cannot show a tick
+    block = Path(file).read_text('utf-8').partition('# ---- knobs ----')[2].partition('\n# ----')[0].strip()
     if {'-h', '--help'} & set(sys.argv[1:]):
-        print(script_globals['__doc__'].strip(), 'Knobs, set by --name=value:', block, sep='\n\n')
+        print(script_globals['__doc__'].strip(), 'Knobs, set by --name=value:', block, sep='\n\n', flush=True)
         sys.exit(0)
     comments, name = {}, ''
     for line in block.splitlines():
@@ -96,16 +116,14 @@ def read_knobs(file, script_globals, pretrained=False):
     given = dict(parse_knob(argument, defaults) for argument in sys.argv[1:])
     knobs = Knobs(defaults | given)
     for name, value in knobs.items():  # given or edited
-        number, (low, high) = type(value) in (int, float), LIMITS.get(name, (0, 2**31))
-        if (number or name in LIMITS) and not (number and low <= value <= high):  # nor nan
-            fail(f'--{name}={value} must be between {low:g} and {high:g}')
-        choices = re.findall(r"'([^']*)'", comments[name]) if "' | '" in comments[name] else [value]
-        if value not in choices:
-            fail(f'--{name}={value} must be one of {", ".join(choices)}')
-    sys.stdout.reconfigure(errors='replace')  # if a terminal cannot show a tick
-    knobs.script, knobs.checkpoint = Path(file).stem, None
+        check_knob(name, value, defaults[name], comments[name])
+    knobs.script, knobs.checkpoint, knobs.text = Path(file).stem, None, {}
     name = ','.join(f'{k}={v}' for k, v in knobs.items() if v != defaults[k] and k not in FREE)
+    if len(name.encode()) > 150:  # file systems allow 255
+        name = f'{name[:30]}-{fingerprint(name.encode())}'
     knobs.folder = Path(knobs.get('out_dir') or f'out/{knobs.script}/{name.replace("/", "_") or "default"}')
+    if knobs.get('init_from') == 'auto':
+        knobs['init_from'] = 'resume' if (knobs.folder / 'ckpt.pt').exists() else 'scratch'
     start = knobs.get('init_from', 'scratch')
     resume = start == 'resume'
     path = knobs.folder / 'ckpt.pt' if resume else Path(start)
@@ -115,8 +133,9 @@ def read_knobs(file, script_globals, pretrained=False):
         script, old = knobs.checkpoint['script'], knobs.checkpoint['knobs']
         if resume and script != knobs.script:
             fail(f'{path} is from {script}.py')
-        kept = knobs.keys() - {'init_from', 'eval_only', 'out_dir'} if resume else SPLIT
+        kept = knobs.keys() - ELSEWHERE if resume else SPLIT
         for name in old.keys() & knobs.keys() & kept if script == knobs.script else ():
+            check_knob(name, old[name], defaults[name], comments[name], f'{path}: ')
             if name not in FREE and given.get(name, old[name]) != old[name]:
                 fail(f'--{name}={given[name]} cannot be changed when going on from {path}, was {old[name]}')
             knobs[name] = given.get(name, old[name])
@@ -137,8 +156,21 @@ def parse_knob(argument, defaults):
     try:
         return name, {'True': True, 'False': False}[text] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        must = {bool: 'True or False', int: 'an integer', float: 'a number'}[kind]
-        fail(f'--{name}={text} must be {must}')
+        fail(f'--{name}={text} must be {KINDS[kind]}')
+
+
+def check_knob(name, value, default, comment, where=''):
+    """Fail if a knob's value is not of its type, within its limits, or one of its comment's choices."""
+    kind, (low, high) = type(default), LIMITS.get(name, (0, 2**31))
+    if type(value) is not kind and (type(value), kind) != (int, float):
+        fail(f'{where}--{name}={value} must be {KINDS[kind]}')
+    if kind in (int, float) and not low <= value <= high:  # nor nan
+        fail(f'{where}--{name}={value} must be between {low:g} and {high:g}')
+    if kind is str and not value.isprintable():
+        fail(f'{where}--{name}={value!r} cannot be printed')
+    choices = re.findall(r"'([^']*)'", comment) if "' | '" in comment else [value]
+    if value not in choices:
+        fail(f'{where}--{name}={value} must be one of {", ".join(choices)}')
 
 
 # ---- device and processes ----
@@ -146,18 +178,18 @@ def parse_knob(argument, defaults):
 class World:
     """Device and processes: each draws the whole batch's random numbers and reads its share of the rows."""
     def __init__(self, knobs):
+        if ('RANK' in os.environ) != ('WORLD_SIZE' in os.environ):
+            fail('of RANK and WORLD_SIZE only one is set: torchrun sets both')
         self.rank, self.size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.main, name = self.rank == 0, knobs['device']
         if name == 'auto':
             name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.mps.is_available() else 'cpu'
         name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if name == 'cuda' else name
-        if not re.fullmatch(r'cpu|mps|cuda:\d+', name):
-            fail(f'--device={name} must be auto, cpu, cuda, cuda:<number> or mps')
         try:
             self.device = torch.device(name)
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            fail(f'--device={name} is not available: {str(error).splitlines()[0]}')
+            torch.zeros(1, device=self.device).item()
+        except Exception as error:  # of many kinds
+            fail(f'--device={name} must be auto, cpu, cuda, cuda:<number> or mps, and be there: {error}')
         if self.size > 1 and (name == 'mps' or knobs['device'].startswith('cuda:')):
             fail('several processes need --device=cpu, or cuda without a number')
         if knobs['batch_size'] % self.size:
@@ -168,8 +200,13 @@ class World:
         if self.size > 1:
             dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=knobs.get('dtype') == 'bfloat16')
-        if kind == 'cpu':
-            make_repeatable()
+        if kind == 'cpu':  # the same bits every time, or a resumed run would differ
+            os.environ.setdefault('MKL_CBWR', 'AUTO,STRICT')  # MKL may not vary its code,
+            torch.set_num_threads(torch.get_num_threads())  # nor its threads,
+            for function in (torch.exp, torch.log, torch.sin, torch.cos, torch.tanh):
+                function(torch.ones(1))  # and chooses its code now, before two threads ask at once
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         torch.manual_seed(knobs['seed'])
         # all processes draw the same questions and noise
         self.generator = torch.Generator(self.device).manual_seed(knobs['seed'])
@@ -178,9 +215,9 @@ class World:
         """This process's rows of the whole batch."""
         return x.chunk(self.size)[self.rank] if self.size > 1 else x
 
-    def draw(self, kind, *shape):
-        """This process's rows of the batch's random numbers. kind: torch.rand or randn."""
-        return self.share(kind(*shape, generator=self.generator, device=self.device))
+    def draw(self, *shape):
+        """This process's rows of the batch's random numbers in [0, 1)."""
+        return self.share(torch.rand(*shape, generator=self.generator, device=self.device))
 
     def gather(self, x):
         """The whole batch, from every process's rows."""
@@ -207,38 +244,56 @@ class World:
             return round(used / (2**20 if sys.platform == 'darwin' else 2**10))
 
 
-def make_repeatable():
-    """Make a CPU give the same bits every time, or a resumed run would differ."""
-    os.environ.setdefault('MKL_CBWR', 'AUTO,STRICT')  # MKL may not vary its code,
-    torch.set_num_threads(torch.get_num_threads())  # nor its threads,
-    for function in (torch.exp, torch.log, torch.sin, torch.cos, torch.tanh):
-        function(torch.ones(1))  # and chooses its code now, before two threads ask at once
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
 # ---- the run directory ----
 
 def write_atomic(path, write):
-    """Let write(temporary_path) make a file, then rename it: path is never half-written."""
+    """Let write(file) fill a new file, in bytes, then rename it: path is never half-written."""
     temporary = path.with_name(path.name + '.tmp')
-    write(temporary)
-    with open(temporary, 'rb+') as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)  # of a run that was killed
+    try:
+        with open(temporary, 'xb') as file:  # x: not through somebody's link
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = path  # for excepthook
+        raise
 
 
-def load_checkpoint(path, missing='no checkpoint'):
-    """Read a checkpoint, in which nothing can run; or fail."""
+def lock(folder):
+    """Make a folder, which only one program at a time may write to: a lock, or fail."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / '.lock', timeout=0)
+        lock.acquire()
+    except (OSError, RuntimeError) as error:  # of a lock that is held it has no strerror
+        why = getattr(error, 'strerror', error) or 'another run is writing to it'
+        fail(f'cannot write to {folder}: {why}')
+    return lock
+
+
+CHECKPOINT = {'script': str, 'knobs': dict, 'models': dict, 'optimizers': list, 'generator': torch.Tensor,
+              'step': int, 'best': float, 'seconds': float, 'written': list, 'text': dict}
+
+
+def load_checkpoint(path, missing='no checkpoint', text=None):
+    """Read a checkpoint, in which nothing can run; or fail. text: whose tokens it must know."""
     if not os.path.isfile(path):
         fail(f'{missing}: {path} is not there')
     try:
+        with zipfile.ZipFile(path) as archive:  # torch checks neither sizes nor checksums
+            unpacked = sum(part.file_size for part in archive.infolist())
+            if unpacked > os.path.getsize(path) or archive.testzip():
+                raise ValueError('it does not have its checksum')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if wrong := [name for name, kind in CHECKPOINT.items() if type(checkpoint[name]) is not kind]:
+            raise ValueError(f'its {wrong[0]} is wrong')
     except Exception as error:  # torch raises many kinds
-        fail(f'{path} is damaged or no checkpoint ({type(error).__name__})')
-    needed = set('script knobs models step best seconds written optimizers generator'.split())
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        fail(f'{path} is no checkpoint of these scripts')
+        fail(f'{path} is damaged or no checkpoint of these scripts: {type(error).__name__} {error}')
+    if text and text['tokens'] != checkpoint['text'].get('tokens'):
+        fail(f'{path} was trained on text with other tokens')
     return checkpoint
 
 
@@ -247,64 +302,84 @@ def pack(model):
     return {'kind': type(model.config).__name__, 'config': asdict(model.config), 'state': model.state_dict()}
 
 
+# all that a run leaves in its folder
+OURS = r'((config\.json|metrics\.jsonl|samples\.txt|(ckpt|best)\.pt|\w+\.html)(\.tmp)?|\.lock|wandb)'
+
+
 class Run:
     """A run and its folder; an older run there is moved to <folder>.1, ... Only the main process writes."""
+    where = ''  # the last good checkpoint, for excepthook
+
     def __init__(self, knobs, world, optimizers):
         self.knobs, self.world, self.folder, self.optimizers = knobs, world, knobs.folder, optimizers
         self.start, self.best, self.first_step, self.wandb, self.shown = time.time(), -math.inf, 0, None, ''
         self.writes = world.main and not knobs['eval_only']
         self.resumed = knobs.checkpoint if knobs['init_from'] == 'resume' else None
-        if old := self.resumed:
-            self.start, self.best, self.first_step = self.start - old['seconds'], old['best'], old['step']
-            for optimizer, state in zip(optimizers, old['optimizers'], strict=True):
-                optimizer.load_state_dict(state)
-                for group in optimizer.param_groups:
-                    group |= {name: x.to(world.device) for name, x in group.items() if torch.is_tensor(x)}
-            try:
-                world.generator.set_state(old['generator'])
-            except RuntimeError:
-                fail('this run is from another kind of device: init_from=<its ckpt.pt> uses its weights')
         try:
+            self.resume() if self.resumed else None
             self.open_folder() if self.writes else None
-        except OSError as error:  # of a lock that is held it has no strerror
-            fail(f'cannot write to {self.folder}: {error.strerror or "another run is writing to it"}')
+        except Exception as error:  # of many kinds
+            fail(f'cannot use {self.folder}, another --out_dir may do: {error}')
+
+    def resume(self):
+        """Go on where the checkpoint was written. Raises many kinds of errors if it is not of this run."""
+        old = self.resumed
+        self.start, self.best, self.first_step = self.start - old['seconds'], old['best'], old['step']
+        for optimizer, saved in zip(self.optimizers, old['optimizers'], strict=True):
+            groups = optimizer.state_dict()['param_groups']  # rates and the like are those of the knobs
+            optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
+            for p, state in optimizer.state.items():  # a fused kernel would write anywhere
+                shapes = {name: x.shape for name, x in state.items()}
+                if shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
+                    raise ValueError('its optimiser is not of this shape')
+        self.world.generator.set_state(old['generator'])
 
     def restore(self, state):
         """What a script keeps between steps, {name: tensor}: given, or from the resumed run."""
         old = self.resumed or state
+        for name, x in state.items():
+            if not torch.is_tensor(old.get(name)) or (old[name].shape, old[name].dtype) != (x.shape, x.dtype):
+                fail(f'{self.folder}: {name} in its checkpoint is not of this run')
         return {name: old[name].to(self.world.device) for name in state}
 
     def open_folder(self):
         """Make the folder ours and open its files."""
         config, mode = self.folder / 'config.json', self.knobs['wandb_mode']
-        with user_errors():
-            wandb = need('wandb', 'for wandb_mode') if mode != 'disabled' else None
-            need('plotly', 'to plot') if self.knobs.get('plot') else None
-            written = json.loads(config.read_text()) if config.exists() else None
-        if written and 'script' not in written or self.folder.resolve() == Path.cwd():
-            fail(f'{self.folder} is not the folder of a run, pass another --out_dir')
-        self.lock = FileLock(f'{self.folder.resolve()}.lock', timeout=0)  # not two runs at once
-        self.lock.acquire()
-        if written and not self.resumed:
-            older = (self.folder.with_name(f'{self.folder.name}.{n}') for n in itertools.count(1))
-            self.folder.rename(next(path for path in older if not path.exists()))
+        wandb = need('wandb', 'for wandb_mode') if mode != 'disabled' else None
+        need('plotly', 'to plot') if self.knobs.get('plot') else None
         self.folder.mkdir(parents=True, exist_ok=True)
-        files = [open(self.folder / name, 'a', buffering=1, encoding='utf-8')
-                 for name in ('metrics.jsonl', 'samples.txt')]
-        for file, length in zip(files, self.resumed['written'] if self.resumed else (0, 0)):
-            file.truncate(file.seek(length))  # forget what came after the checkpoint
-        self.metrics, self.samples = files
+        for path in self.folder.iterdir():
+            ours = re.fullmatch(OURS, path.name) and not path.is_symlink()
+            if not ours or path.is_file() == (path.name == 'wandb'):
+                raise ValueError(f'{path.name} in it is not of a run')
+        self.lock = lock(self.folder)
+        files = [path for path in self.folder.iterdir() if path.name != '.lock' and path.suffix != '.tmp']
+        if files and type(json.loads(config.read_text())['script']) is not str:
+            raise ValueError('its config.json is not of a run')
+        if files and not self.resumed:
+            here = self.folder.resolve()
+            older = (here.with_name(f'{here.name}.{n}') for n in itertools.count(1))
+            older = next(path for path in older if not path.exists())
+            older.mkdir()
+            for path in sorted(files, key=lambda path: path == config):  # by config.json we know a run
+                path.rename(older / path.name)
         now = {'script': self.knobs.script, 'knobs': self.knobs, 'commit': git_commit(),
-               'torch': torch.__version__, 'processes': self.world.size, 'device': platform.machine()}
+               'torch': torch.__version__, 'processes': self.world.size, 'device': platform.machine(),
+               'started': time.ctime()}
         if self.world.device.type == 'cuda':
             now['device'] = torch.cuda.get_device_name()
         if not self.resumed:
-            write_atomic(config, lambda path: path.write_text(json.dumps(now, indent=1)))
-        try:
-            self.wandb = wandb and wandb.init(project='think-tokens', mode=mode,
-                                              name=self.folder.name, config=dict(self.knobs), dir=self.folder)
-        except Exception as error:  # wandb raises many kinds
-            fail(f'wandb: {error}')
+            write_atomic(config, lambda file: file.write(json.dumps(now, indent=1).encode()))
+        files = [open(self.folder / name, 'a', buffering=1, encoding='utf-8')
+                 for name in ('metrics.jsonl', 'samples.txt')]
+        self.metrics, self.samples = files
+        for file, length in zip(files, self.resumed['written'] if self.resumed else ()):
+            if file.seek(0, 2) < length:
+                raise ValueError(f'{file.name} is shorter than when the checkpoint was written')
+            file.truncate(file.seek(length))  # forget what came after the checkpoint
+        same = {'id': fingerprint(config.read_bytes()), 'resume': 'allow'}  # when it is resumed
+        self.wandb = wandb and wandb.init(project='think-tokens', name=self.folder.name, mode=mode,
+                                          config=dict(self.knobs), dir=self.folder, **same)
 
     def seconds(self):
         """Seconds of this run, before it was resumed too."""
@@ -327,6 +402,7 @@ class Run:
     def print(self, text):
         """Print above the progress bar, in colour on a terminal without NO_COLOR."""
         if self.world.main:
+            text = printable(text)
             tqdm.write(text if sys.stdout.isatty() and not os.environ.get('NO_COLOR') else plain(text))
 
     def sample(self, text, right=None):
@@ -335,8 +411,8 @@ class Run:
             text += ' ' + (paint('✓', 'green') if right else paint('✗', 'red'))
         self.print(text)
         if self.writes:
-            self.samples.write(plain(text) + '\n')
-            self.shown += f'<tr><td>{as_html(text)}</td></tr>'
+            self.samples.write(plain(printable(text)) + '\n')
+            self.shown += as_html(text)
 
     def show(self, config, questions, thoughts, answers, right, names=None):
         """Show three questions (n, S), thoughts (n, T) and answers (n,). names: of normal tokens."""
@@ -348,20 +424,29 @@ class Run:
             self.sample(text, right=answer == truth)
 
     def log(self, step, **numbers):
-        """Write a line of metrics.jsonl; only seconds, tokens_per_second and mfu vary between runs."""
+        """Write a line of metrics.jsonl, means over processes; only seconds, tokens_per_second and mfu vary
+        between runs."""
+        if self.world.size > 1:
+            mean = torch.tensor(list(numbers.values()), dtype=torch.double, device=self.world.device)
+            dist.all_reduce(mean)
+            numbers = dict(zip(numbers, (mean / self.world.size).tolist()))
         for name, value in numbers.items():
-            if not math.isfinite(value):
-                fail(f'{name} is {value} at step {step}: training diverged, a smaller learning_rate may help')
+            self.check(math.isfinite(value), f'{name} is {value}', step)
         if self.writes:
             line = {'step': step, **numbers, 'seconds': round(self.seconds(), 4)}
             self.metrics.write(json.dumps(line) + '\n')
         if self.wandb:
             self.wandb.log(numbers | self.table(), step=step)
 
+    def check(self, good, what, step):
+        """Fail if training has diverged."""
+        if not good:
+            fail(f'{what} at step {step}: training diverged, a smaller learning_rate may help{Run.where}')
+
     def table(self):
         """What was shown since the last call, for wandb."""
-        rows, self.shown = self.shown, ''
-        return {'samples': need('wandb', '').Html(f'<table>{rows}</table>')} if rows else {}
+        shown, self.shown = self.shown, ''
+        return {'samples': need('wandb', '').Html(shown)} if shown else {}
 
     def report(self, step, **numbers):
         """Log and print an evaluation; the progress bar shows its last two numbers."""
@@ -372,14 +457,20 @@ class Run:
 
     def save(self, step, models, file='ckpt.pt', **state):
         """Write a checkpoint of models and tensors by name, to resume with equal bits."""
+        packed = {name: x if isinstance(x, dict) else pack(x) for name, x in models.items()}
+        finite = all(x.isfinite().all() for model in packed.values() for x in model['state'].values())
+        self.check(finite, 'a weight is not finite', step)
         if self.writes:
+            for log in (self.metrics, self.samples):  # before the checkpoint that counts on them
+                os.fsync(log.fileno())
             checkpoint = {
-                'script': self.knobs.script, 'knobs': dict(self.knobs), 'step': step, 'best': self.best,
-                'models': {name: x if isinstance(x, dict) else pack(x) for name, x in models.items()},
+                'script': self.knobs.script, 'knobs': dict(self.knobs), 'text': self.knobs.text, 'step': step,
+                'best': self.best, 'models': packed, 'seconds': self.seconds(),
                 'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
-                'generator': self.world.generator.get_state(), 'seconds': self.seconds(),
+                'generator': self.world.generator.get_state(),
                 'written': [self.metrics.tell(), self.samples.tell()], **state}
-            write_atomic(self.folder / file, lambda path: torch.save(checkpoint, path))
+            write_atomic(self.folder / file, lambda file: torch.save(checkpoint, file))
+            Run.where = f'; {self.folder}/ckpt.pt of step {step} is whole: --init_from=resume goes on from it'
 
     def save_best(self, step, score, models, **state):
         """Write best.pt if the score is the highest so far."""
@@ -387,22 +478,29 @@ class Run:
             self.best = score
             self.save(step, models, 'best.pt', **state)
 
+    def draw(self, name, page):
+        """Write the HTML that page() returns into the folder; if that fails, the run still ends well."""
+        try:
+            if self.writes:
+                write_atomic(self.folder / name, lambda file: file.write(page().encode()))
+        except Exception as error:
+            self.print(f'no {name}: {error}')
+
     def finish(self, **result):
         """The last line: one JSON object."""
         changed = {k: v for k, v in self.knobs.changed.items() if k not in ('init_from', 'out_dir')}
-        line = {'script': self.knobs.script, 'changed': changed, **result,
-                'seconds': round(self.seconds(), 2), 'peak_memory_mb': self.world.peak_memory_mb()}
+        line = json.dumps({'script': self.knobs.script, 'changed': changed, **result, 'seconds': round(
+            self.seconds(), 2), 'peak_memory_mb': self.world.peak_memory_mb()})
         if self.writes:
             self.metrics.close()
             self.samples.close()
             self.lock.release()
-            os.unlink(self.lock.lock_file)
         if self.wandb:
             self.wandb.log(self.table())
-            self.wandb.summary.update(line)
+            self.wandb.summary.update(json.loads(line))
             self.wandb.finish()
         if self.world.main:
-            print(json.dumps(line), flush=True)
+            print(line, flush=True)
         if self.world.size > 1:
             dist.destroy_process_group()
 
@@ -413,11 +511,6 @@ def git_commit():
     with contextlib.suppress(OSError):  # where there is no git
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
         return found.stdout.strip() or None
-
-
-def peak_flops(device):
-    """Dense bfloat16 operations per second of an H100 (data sheet); None on a CPU."""
-    return 989e12 if device.type == 'cuda' else None
 
 
 # ---- tasks ----
@@ -518,14 +611,29 @@ def gpt2_encoding():
         fail(f"no files of GPT-2's tokens, TIKTOKEN_CACHE_DIR may name their folder: {error}")
 
 
-def load_text(folder):
-    """What prepare_data.py left: train and val, tokens (n,), d_vocab, and decode(tokens) -> texts."""
+def fingerprint(content):
+    """Of bytes: text that tells it from other content."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def load_text(folder, knobs):
+    """What prepare_data.py left: train and val, tokens (n,), d_vocab, and decode(tokens) -> texts. The
+    checkpoint in knobs must know these tokens, and if it is resumed, be of this very text."""
+    folder = Path(folder)
     try:
-        meta = json.loads((Path(folder) / 'meta.json').read_text())
-        train, val = (np.memmap(Path(folder) / f'{part}.bin', np.uint16, 'r') for part in ('train', 'val'))
-        characters = meta['characters'] if meta['tokenizer'] == 'char' else None
-    except (OSError, ValueError, LookupError) as error:
+        meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        train, val = (np.memmap(folder / f'{part}.bin', np.uint16, 'r') for part in ('train', 'val'))
+        d_vocab, kind = meta['d_vocab'], meta['tokenizer']
+        characters = {'char': meta.get('characters'), 'gpt2': None}[kind]
+        known = 50257 if characters is None else len(set(''.join(characters)))
+        if not d_vocab == known == len(characters or range(known)) or max(train.max(), val.max()) >= known:
+            raise ValueError(f'its tokens are not those of its vocabulary, {known}')
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         fail(f'no data in {folder}, see python prepare_data.py --help: {error}')
+    text = knobs.text = {'tokens': fingerprint(json.dumps(characters).encode()), 'data': fingerprint(train)}
+    old = knobs.checkpoint['text'] if knobs.checkpoint else text
+    if old.get('tokens') != text['tokens'] or knobs['init_from'] == 'resume' and old != text:
+        fail(f'{folder} is not what the checkpoint of --init_from={knobs["init_from"]} was trained on')
     encoding = None if characters else gpt2_encoding()
 
     def decode(tokens):
@@ -533,67 +641,7 @@ def load_text(folder):
             return [characters[token] for token in tokens]
         utf8 = codecs.getincrementaldecoder('utf-8')('replace')  # a character's last token has it
         return [utf8.decode(encoding.decode_single_token_bytes(token)) for token in tokens]
-    return train, val, meta['d_vocab'], decode
-
-
-def boxed(text):
-    """What the last \\boxed{...} of a text holds; None if it is missing or does not end."""
-    _, found, rest = text.rpartition('\\boxed{')
-    depth = 1
-    for i, character in enumerate(rest if found else ''):
-        depth += {'{': 1, '}': -1}.get(character, 0)
-        if depth == 0:
-            return rest[:i]
-    return None
-
-
-def load_problem(line):
-    """{question, answer, level}, text, from a line of JSON of our form, GSM8K or MATH. Raises ValueError."""
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError('it is no {...}')
-    question, answer = row.get('question', row.get('problem')), row.get('answer')
-    answer = boxed(str(row.get('solution'))) if answer is None else str(answer).rpartition('####')[2]
-    if not isinstance(question, str) or not answer or not answer.strip():
-        raise ValueError('it needs a question or problem, an answer or a solution with \\boxed{}')
-    level = str(row.get('level', '')).removeprefix('Level ')
-    return {'question': question, 'answer': answer.strip(), 'level': level}
-
-
-def load_problems(path, levels=''):
-    """Two or more problems of a file of JSON lines, by level. levels: '1,2'; empty: all."""
-    problems, wrong = [], f'no problems in {path}'
-    try:
-        for n, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
-            wrong = f'{path}, line {n} is no problem'
-            problems += [load_problem(line)] if line.strip() else []
-    except (OSError, ValueError) as error:
-        fail(f'{wrong}: {error}')
-    found = sorted({problem['level'] for problem in problems})
-    wanted = levels.replace(' ', '').split(',') if levels else found
-    problems = sorted((row for row in problems if row['level'] in wanted), key=lambda row: row['level'])
-    if len(problems) < 2:
-        fail(f'{path} has no two problems of levels={levels}; its levels are {", ".join(found) or "none"}')
-    return problems
-
-
-def value(answer):
-    """An answer without what does not matter: a Fraction if it is a number, else text."""
-    answer = re.sub(r'\\text\{([^{}]*)\}', r'\1', answer)
-    answer = re.sub(r'(?<!\d)\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}', r'\1/\2', answer)
-    answer = re.sub(r'\\left|\\right|\\[,!;:]|[\s$%\\]|(?<=\d),(?=\d{3}(\D|$))', '', answer).rstrip('.')
-    try:
-        return Fraction(answer) if re.fullmatch(r'[+-]?(\d+/\d+|\d+\.?\d*|\.\d+)', answer) else answer
-    except (ValueError, ZeroDivisionError):  # too many digits, n/0
-        return answer
-
-
-def grade(solution, answer):
-    """Whether a solution gives the answer, in the last box or as the last number; whether it has one box."""
-    given = boxed(solution)
-    numbers = re.findall(r'(?:(?<![\d.])-)?\d+(?:,\d{3})*(?:\.\d+)?', solution) if given is None else [given]
-    right = bool(numbers) and value(numbers[-1]) == value(answer)
-    return right, given is not None and solution.count('\\boxed{') == 1
+    return train, val, d_vocab, decode
 
 
 # ---- optimiser, schedule, sampling ----
@@ -636,10 +684,8 @@ long_cumsum = torch.compiler.disable(lambda p: p.cumsum(-1))  # torch 2.11 canno
 @fused
 def sample(logits, noise, temperature=1., epsilon=0., bias=0.):
     """Tokens (N,) drawn by inverting the distribution function: only noise (N,) in [0, 1) decides. logits:
-    (N, V). temperature: 0 takes the likeliest token. epsilon: share of uniform draws. bias: added to logits.
-    Raises ValueError."""
-    if temperature != 0 and temperature < 1e-3 or not 0 <= epsilon <= 1:
-        raise ValueError(f'cannot sample with {temperature=}, {epsilon=}')
+    (N, V). temperature: 0 takes the likeliest token, others are at least .001. epsilon: share of uniform
+    draws. bias: added to logits."""
     log_p = logits.float() + bias
     if temperature == 0:
         return log_p.argmax(-1)
@@ -770,12 +816,17 @@ def plain(text):
     return re.sub('\033\\[[0-9;]*m', '', text)
 
 
+def printable(text):
+    """Text without what could command a terminal, but for our colours."""
+    return re.sub('(?!\033\\[(0|3[1-6])m)[\0-\x08\x0b-\x1f\x7f-\x9f]', '?', text)
+
+
 def as_html(text):
     """Coloured text as HTML."""
     text = html.escape(text).replace('\033[0m', '</span>')
     for colour, number in COLOURS.items():
         text = text.replace(f'\033[{number}m', f'<span style="color:{colour}">')
-    return f'<span style="white-space:pre-wrap">{text}</span>'
+    return f'<div style="white-space:pre-wrap">{text}</div>'
 
 
 def show_tokens(tokens, config, decode=lambda tokens: map(str, tokens), between=' '):
@@ -820,11 +871,6 @@ def curve(figure, panel, run, name, colour, right=False):
 fusing = False  # whether @fused functions are compiled
 recording = False  # whether a recorded function runs: nothing may depend on values
 FEW = 8  # keys up to which attention is written out
-CHUNK = 8192  # rows of logits that the loss makes at a time
-
-
-def being_recorded():
-    return recording
 
 
 def recorded(function, fuse=False):
@@ -935,7 +981,7 @@ if triton:
 
 def distinct(numbers):
     """Different numbers (C,) among numbers (...), and where each is, (...); all numbers if recorded."""
-    if being_recorded():
+    if recording:
         return numbers.flatten(), torch.arange(numbers.numel(), device=numbers.device).view(numbers.shape)
     return numbers.unique(return_inverse=True)
 
@@ -967,31 +1013,3 @@ def think_merged(model, cache, question, choices, noise, stop, temperature, epsi
         written.append((token, torch.where(alive, log_prob, 0.), torch.where(alive, entropy, 0.)))
         alive = alive & (token != stop)
     return [torch.stack(each, dim=1) for each in zip(*written)]
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(x @ weight.T, targets), x (n, d_model), in chunks (Liger Kernel, 2024)."""
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        V, grad_x, grad_weight = len(weight), [], torch.zeros_like(weight)
-        loss = x.new_zeros((), dtype=torch.float)
-        if torch.is_autocast_enabled(x.device.type):
-            x, weight = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight))
-        more = -V % 64 if x.is_cuda else 0  # a GPU is faster with a round number of rows
-        weight, number = F.pad(weight, (0, 0, 0, more)), torch.arange(V + more, device=x.device)
-        for rows, target in zip(x.split(CHUNK), targets.split(CHUNK)):
-            if torch.compiler.is_compiling():  # each chunk waits for the last, or all are made at once
-                rows = rows * (loss == loss)
-            logits = (rows @ weight.T).float()  # (CHUNK, V + more)
-            log_p = (logits.masked_fill(number >= V, -torch.inf) if more else logits).log_softmax(-1)
-            loss = loss - log_p.gather(-1, target[:, None]).sum()
-            grad = ((log_p.exp() - (number == target[:, None]).float()) / len(x)).to(x.dtype)
-            grad_x.append(grad @ weight)
-            grad_weight += (grad.T @ rows)[:V]
-        ctx.save_for_backward(torch.cat(grad_x), grad_weight)
-        return loss / len(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad * grad_x, grad * grad_weight, None

@@ -46,9 +46,10 @@ Path(TEXT.name, 'meta.json').write_text(json.dumps(meta))
 
 torch.manual_seed(0)
 JUDGE = GPT2(ModelConfig(d_vocab=14, block_size=16, n_layer=1, n_head=2, d_model=16))
-EMPTY = dict.fromkeys(('knobs', 'step', 'best', 'seconds', 'written', 'optimizers', 'generator'), {})
+EMPTY = {name: kind() for name, kind in utils.CHECKPOINT.items()}
+EMPTY['text'] = {'tokens': utils.fingerprint(json.dumps(characters).encode())}
 for file, name in (('judge', 'model'), ('other', 'other')):
-    torch.save(EMPTY | {'script': 'judge', 'models': {name: utils.pack(JUDGE)}}, f'{TEXT.name}/{file}.pt')
+    torch.save(EMPTY | {'models': {name: utils.pack(JUDGE)}}, f'{TEXT.name}/{file}.pt')
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -86,6 +87,13 @@ def run_here(monkeypatch, capsys, tmp_path):
             runpy.run_path(str(ROOT / f'{script}.py'), run_name='__main__')
         except SystemExit as error:
             code = error.code or 0
+        except Exception as error:  # what the interpreter does with it
+            try:
+                utils.excepthook(type(error), error, error.__traceback__)
+            except SystemExit as end:
+                code = end.code
+            else:
+                raise
         out, err = capsys.readouterr()
         return code, out, err
     return run_here

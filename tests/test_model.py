@@ -134,19 +134,6 @@ def test_positions_by_distance(kind):
     torch.testing.assert_close(torch.cat(parts, 1), other, atol=1e-4, rtol=0)
 
 
-def test_loss_in_chunks_is_the_loss(monkeypatch):
-    model = small_model()
-    tokens, targets = tokens_for(model, 5, 9, 1), tokens_for(model, 5, 9, 2)
-    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-    slow = gradients(3 * expected, model.parameters())
-    for chunk in (7, 8192):
-        monkeypatch.setattr(utils, 'CHUNK', chunk)
-        loss = model.loss(tokens, targets)
-        assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
-        for ours, grad in zip(gradients(3 * loss, model.parameters()), slow):
-            torch.testing.assert_close(ours, grad, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.filterwarnings('ignore')  # torch.compile's own
 def test_what_is_fused_is_one_graph():
     model, how = small_thinker(), dict(backend='eager', fullgraph=True)
