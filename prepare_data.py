@@ -11,10 +11,9 @@ Every data set, made or downloaded.
 
 Tokens go to train.bin and val.bin, for np.memmap(file, dtype=np.uint16). meta.json lists the characters in
 the order of their tokens. In GPT-2's tokens each document begins with <|endoftext|>, except in Shakespeare.
-Line ends become \\n. A data set is made in <folder>.part, which is renamed when it is whole.
-
-Problems are text: train.jsonl and val.jsonl have lines {"question": ..., "answer": "12", "level": 1}. All
-problems with the same calculation, such as 7+3-2, are in the same file.
+Problems are text: train.jsonl and val.jsonl have lines {"question": ..., "answer": "12", "level": 1}; all with
+the same calculation, such as 7+3-2, are in the same file. A data set is made in <folder>.part, which is
+renamed when it is whole. What is there is not made again.
 """
 import json
 import os
@@ -86,7 +85,7 @@ def write(name, text):
 
 def start_writing():
     """Lock the folder in which the data set is made, and look again. Returns the lock."""
-    held, known = lock(making), {'.lock', 'meta.json', 'meta.json.tmp', 'input.txt', *FILES.values()}
+    held, known = lock(making), {'.lock', 'meta.json', 'meta.json.tmp', *FILES.values()}
     if strange := [path for path in making.iterdir() if path.name not in known or path.is_symlink()]:
         fail(f'{strange[0]} is not of this script, pass another --out_dir')
     if meta := look(folder):    # another run was quicker
@@ -95,15 +94,11 @@ def start_writing():
     return held
 
 
-def complete(meta):
-    """Let the whole data set appear at once."""
-    write('meta.json', json.dumps(meta, indent=1))
-    os.rename(making, folder)
-    finish('is made', meta)
-
-
 def finish(verb, meta):
-    """End with the last line of stdout: one JSON object."""
+    """End with the last line of stdout: one JSON object. 'is made': let the whole data set appear at once."""
+    if verb == 'is made':
+        write('meta.json', json.dumps(meta, indent=1))
+        os.rename(making, folder)
     counts = {name: meta[name] for name in meta if name.endswith(('_tokens', '_problems', '_vocab'))}
     line = {'script': knobs.script, 'changed': changed, **counts, 'seconds': round(time.time() - began, 2)}
     print(f'{folder} {verb}', json.dumps(line), sep='\n')
@@ -155,7 +150,7 @@ if dataset == 'problems':
     held = start_writing()
     for part in PARTS:
         write(FILES[part], ''.join(lines[part]))
-    complete({'knobs': made_with, **{f'{part}_problems': len(lines[part]) for part in PARTS}})
+    finish('is made', {'knobs': made_with, **{f'{part}_problems': len(lines[part]) for part in PARTS}})
 
 # ---- text, in pieces: (train or val, whether a document begins, text) ----
 
@@ -169,11 +164,11 @@ def read(where):
     """The texts of a file, or of all *.txt, *.txt.xz, .gz, .bz2 in a folder and below, ordered by name."""
     name = re.compile(r'([^./][^/]*/)*[^./][^/]*\.txt(\.xz|\.gz|\.bz2)?')     # nothing is hidden
     inside = (file for file in where.rglob('*') if name.fullmatch(file.relative_to(where).as_posix()))
-    texts, files = [], sorted(inside) if where.is_dir() else [where]
-    for file in files:
+    texts = []
+    for file in sorted(inside) if where.is_dir() else [where]:
         try:
-            if file.exists() and not file.is_file():
-                raise OSError('it is no regular file')
+            if not file.is_file():
+                raise OSError('no such file, or no regular one')
             with fsspec.open(file, 'rt', compression='infer', encoding='utf-8-sig') as f:
                 texts.append(f.read())
         except Exception as error:      # missing, damaged or not text
@@ -205,17 +200,11 @@ elif dataset == 'fineweb_edu':
     datasets = need('datasets', 'to stream FineWeb-Edu')
     pieces, total = fineweb_pieces(), n_tokens // 1000      # roughly
 else:
-    file = Path(path or making / 'input.txt')
-    if not path and not file.exists():
-        try:
-            text = urllib.request.urlopen(SHAKESPEARE, timeout=60).read().decode()
-            assert len(text) == 1_115_394, 'it is not what it was'
-        except Exception as error:      # networks fail in many ways
-            fail(f'cannot download {SHAKESPEARE}, pass a copy of it by --path=input.txt: {error}')
-        held = start_writing()
-        write('input.txt', text)
-        held.release()
-    texts = read(file)
+    try:
+        texts = read(Path(path)) if path else [urllib.request.urlopen(SHAKESPEARE, timeout=60).read().decode()]
+        assert path or len(texts[0]) == 1_115_394, 'it is not what it was'
+    except Exception as error:      # networks fail in many ways
+        fail(f'cannot download {SHAKESPEARE}, pass a copy of it by --path=input.txt: {error}')
     end = int(sum(map(len, texts)) * (1 if val_path else 1 - val_share))    # where val begins
     texts += read(Path(val_path)) if val_path else []
     n_val = sum(map(len, texts)) - end
@@ -253,4 +242,4 @@ for part, begins, text in tqdm(pieces, initial=meta['pieces'], total=total, disa
 for file in files.values():
     os.fsync(file.fileno())
     file.close()
-complete(meta)
+finish('is made', meta)
