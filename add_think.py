@@ -132,11 +132,10 @@ shape = dict(n_layer=n_layer, n_head=n_head, d_model=d_model, position_encoding=
              block_size=questions.n_prefix + k_most + 3 + (think_len or k_most + 1))
 config = (ModelConfig(d_vocab=n_tokens, **shape) if thoughts == 'none' else
           ThinkingModelConfig(d_normal_vocab=n_tokens, d_thought_vocab=d_thought_vocab, **shape))
-models = {'model': make_model(config, knobs.checkpoint).to(world.device)}
-model = models['model']
+model = make_model(config, knobs.checkpoint).to(world.device)
+models = {'model': model}
 if baseline == 'no_think':
     models['lagged'] = lagged_copy(model, knobs.checkpoint)
-
 optimizer = make_optimizer(model, learning_rate, weight_decay)
 run = Run(knobs, world, [optimizer])
 state = run.restore({
@@ -260,7 +259,7 @@ def evaluate(step):
 def draw_meaning():
     """HTML: how often each thought met each state, see counts below."""
     used = counts[:-1].sum(1).nonzero()[:, 0]
-    used = used[counts[used].argmax(1).argsort()]       # ordered by the state each is mostly written for
+    used = used[counts[used].argmax(1).argsort()]       # by the state each is mostly written for
     figure = picture(1, f'What a thought means: purity {result["purity"]:.3f}')
     heat_map(figure, 1, counts[used].T, 'thought', used.tolist(), 'state', questions.names[:n_states])
     return figure.to_html()
@@ -312,12 +311,10 @@ if n_thoughts(k):
     result['thoughts_at_depth'] = {depth: model.n_thoughts(found[2]).float().mean().item()
                                    for depth, found in tests.items()}
     result['thoughts'] = result['thoughts_at_depth'][k]
-    # counts[thought, state], (L + 1, M): how often the t-th thought met the state after t operations
+    # counts[thought, state], (L + 1, M): how often thought t met the state after t operations; last, end_thought
     T, counts = min(thought.shape[1], k), torch.zeros(d_thought_vocab + 1, n_states)
     at = thought[:, :T].cpu() - n_tokens, states[:, :T].cpu()
     counts.index_put_(at, torch.tensor(1.), accumulate=True)
-    most = counts[:-1].max(1).values        # without end_thought
-    result['purity'] = (most.sum() / counts[:-1].sum().clamp(min=1)).item()
-    if plot:
-        run.draw('meaning.html', draw_meaning)
+    result['purity'] = (counts[:-1].max(1).values.sum() / counts[:-1].sum().clamp(min=1)).item()
+    run.draw('meaning.html', draw_meaning) if plot else None
 run.finish(steps=n_steps, **result)

@@ -282,7 +282,6 @@ run.save(n_steps, models, **state)
 result = evaluate(n_steps)
 replaced, right = ablations(think(heldout_sample), thought_tokens), answer_to(heldout_sample)
 ablation = {name: judge(answering, thoughts, right)[1] for name, thoughts in replaced.items()}
-if plot:
-    run.draw('language.html', draw_language)
+run.draw('language.html', draw_language) if plot else None
 update = None       # free the CUDA graph before the process group that it uses ends
 run.finish(steps=n_steps, **result, ablation=ablation)

@@ -271,6 +271,5 @@ run.save(n_steps, models, **state)
 result, thoughts = evaluate(n_steps), think()
 replaced = ablations(thoughts, thought_tokens)
 ablation = {name: judge(answering, other, inputs)[1] for name, other in replaced.items()}
-if plot:
-    run.draw('growth.html', draw_growth)
+run.draw('growth.html', draw_growth) if plot else None
 run.finish(steps=n_steps, **result, ablation=ablation)

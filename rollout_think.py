@@ -17,8 +17,7 @@ of the group as baseline (Dr. GRPO, Liu et al. 2025). No ratios are clipped, as 
 
 A reference likes to be told what it expects, again and again. So a normal token is also paid its own -log p,
 among normal tokens, after the thoughts that were written. With entropy_weight=1 a text earns, on average,
-minus the KL divergence of its tokens from the reference, given the thoughts: it is best to write as the
-reference would. Which thoughts are written, and whether any are, earns nothing by itself.
+minus the KL divergence of its tokens from the reference, given the thoughts; those earn nothing themselves.
 
 With reward=math a pretrained model of transformers solves problems, thinking in its own words. It is paid for
 the right answer, and for the form that examples show: the answer in one \\boxed{}. Its loss is a sum over
@@ -79,8 +78,7 @@ seed = 0                      # of weights, prefixes and rollouts
 device = 'auto'               # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'             # 'float32' | 'bfloat16'
 compile = False               # write as one CUDA graph of fused kernels: faster, a minute later
-init_from = 'scratch'         # scratch, resume, auto (see other scripts), a checkpoint, a GPT-2's hub name;
-                              # math: a model of transformers, a folder, hub name or .gguf file
+init_from = 'scratch'         # scratch, resume, auto, checkpoint, GPT-2; math: hub name, folder, .gguf file
 page = False                  # write samples.html at the end: texts with thoughts
 eval_only = False             # evaluate, train nothing, write nothing
 out_dir = ''                  # folder of the run; empty: out/rollout_think/<changed knobs>
@@ -94,21 +92,8 @@ if group_size < 2:
 if reward == 'text' and not reference or reward == 'math' and init_from == 'scratch':
     fail('--reward=text needs a --reference that judges, --reward=math a pretrained model: --init_from')
 world, G = World(knobs), group_size
-# two parts of one shape follow, text and problems: training takes draw, losses and evaluate from one of them
-
 
 # ---- text: data and models ----
-
-def load_reference():
-    """A function from prefixes (N, S) and texts (N, n) behind them to log-probabilities (N, n)."""
-    known = load_checkpoint(reference, text=knobs.text) if reference.endswith('.pt') else None
-    judge = find_model(known) if known else from_pretrained(reference)
-    room, n_tokens = judge.config.block_size, getattr(judge.config, 'd_normal_vocab', judge.config.d_vocab)
-    if room < n_cut - 1 or n_tokens != d_vocab:
-        fail(f'{reference} reads {room} of {n_tokens} tokens, texts have {n_cut - 1} of {d_vocab}')
-    judge.to(world.device).eval()
-    return lambda prefix, text: judge.log_probs(prefix, text, range(d_vocab))[0]
-
 
 def cut(tokens, starts):
     """Prefixes (B, prefix_len) of tokens at starts (B,), and what follows (B, text_len)."""
@@ -132,10 +117,14 @@ if reward == 'text':
     if not isinstance(model, GPT2Thinking):
         room = max(model.config.block_size, n_read)
         model = GPT2Thinking.from_normal(model, d_thought_vocab, block_size=room)
-    config, room, n_tokens = model.config, model.config.block_size, model.config.d_normal_vocab
-    if room < n_read or n_tokens != d_vocab:
-        fail(f'{init_from} reads {room} of {n_tokens} tokens, texts have up to {n_read} of {d_vocab}')
-    models, judged = {'model': model.to(world.device)}, load_reference()
+    judge = (find_model(load_checkpoint(reference, text=knobs.text)) if reference.endswith('.pt') else
+             from_pretrained(reference))
+    for source, it, most in ((init_from, model, n_read), (reference, judge, n_cut - 1)):
+        room, n_tokens = it.config.block_size, getattr(it.config, 'd_normal_vocab', it.config.d_vocab)
+        if room < most or n_tokens != d_vocab:
+            fail(f'{source} reads {room} of {n_tokens} tokens, texts have up to {most} of {d_vocab}')
+    config, models = model.config, {'model': model.to(world.device)}
+    judge.to(world.device).eval()
 
 # ---- text: what is written, and what it is paid ----
 
@@ -177,7 +166,8 @@ def repeats(text, n=4):
 
 def pay(prefix, text, own):
     """Discounted rewards (N, n) of tokens of texts (N, n) with own log p (N, n); and their mean log p."""
-    log_p, place = judged(prefix, text), torch.arange(text_len, device=text.device)
+    log_p = judge.log_probs(prefix, text, range(d_vocab))[0]
+    place = torch.arange(text_len, device=text.device)
     paid_on = (gamma ** (place[:, None] - place).abs()).tril()      # (n, n): what follows pays, too
     return (log_p - entropy_weight * own) @ paid_on, log_p.mean()
 
@@ -206,7 +196,8 @@ def text_losses(batch, dice):
 
 def describe(text):
     """Loss of texts (eval_prefixes, n) by the reference, nats per token; how varied and repetitive."""
-    loss, runs = -judged(val_prefix, text).mean().item(), text.unfold(1, min(4, text_len), 1).flatten(0, 1)
+    loss = -judge.log_probs(val_prefix, text, range(d_vocab))[0].mean().item()
+    runs = text.unfold(1, min(4, text_len), 1).flatten(0, 1)
     return {'val_loss': loss, 'perplexity': math.exp(min(loss, 700)),    # which fits into a number
             'distinct_4': len(runs.unique(dim=0)) / len(runs),
             'repeated_8': repeats(text, 8).float().mean().item()}
@@ -242,9 +233,9 @@ def samples_page():
     """HTML: how the model goes on from ten prefixes, with its thoughts."""
     torch.manual_seed(seed)
     written = model.write(val_prefix[:10], text_len, think_len, fixed=fixed)
-    tokens = torch.cat([val_prefix[:10], written], dim=1)
-    texts = (show_tokens(row[row != config.end_thought], config, decode, '') for row in tokens)
-    return '<!doctype html><meta charset="utf-8"><title>Samples</title>' + '<hr>'.join(map(as_html, texts))
+    rows = (row[row != config.end_thought] for row in torch.cat([val_prefix[:10], written], dim=1))
+    return '<!doctype html><meta charset="utf-8"><title>Samples</title>' + '<hr>'.join(
+        as_html(show_tokens(row, config, decode, '')) for row in rows)
 
 
 # ---- problems: data and model ----
@@ -260,24 +251,22 @@ def boxed(text):
     return None
 
 
-def load_problem(line):
-    """{question, answer, level}, text, from a line of JSON of our form, GSM8K or MATH. Raises ValueError."""
-    row = json.loads(line)
-    question, answer = row.get('question', row.get('problem')), row.get('answer')
-    answer = boxed(str(row.get('solution'))) if answer is None else str(answer).rpartition('####')[2]
-    if not isinstance(question, str) or not answer or not answer.strip():
-        raise ValueError('it needs a question or problem, an answer or a solution with \\boxed{}')
-    level = str(row.get('level', '')).removeprefix('Level ')
-    return {'question': question, 'answer': answer.strip(), 'level': level}
-
-
 def load_problems(path):
-    """Two or more problems of the wanted levels from a file of JSON lines, by level."""
+    """Problems {question, answer, level}, text, of the wanted levels, by level, from a file of JSON lines of
+    our form, GSM8K's or MATH's: two or more."""
     problems, wrong = [], f'no problems in {path}'
     try:
         for n, line in enumerate(path.read_text(encoding='utf-8-sig').split('\n'), 1):
             wrong = f'{path}, line {n} is no problem'
-            problems += [load_problem(line)] if line.strip() else []
+            if not line.strip():
+                continue
+            row = json.loads(line)
+            question, answer = row.get('question', row.get('problem')), row.get('answer')
+            answer = boxed(str(row.get('solution'))) if answer is None else str(answer).rpartition('####')[2]
+            if not isinstance(question, str) or not answer or not answer.strip():
+                raise ValueError('it needs a question or problem, an answer or a solution with \\boxed{}')
+            level = str(row.get('level', '')).removeprefix('Level ')
+            problems.append({'question': question, 'answer': answer.strip(), 'level': level})
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         fail(f'{wrong}: {error}')
     found = sorted({problem['level'] for problem in problems})
@@ -340,24 +329,22 @@ if reward == 'math':
     if not tests:       # every tenth is held out
         del train_set[::10]
     knobs.text = {'data': fingerprint(json.dumps(train_set).encode())}
-    packed = knobs.checkpoint['models'].get('model', {}) if knobs.checkpoint else {'source': init_from}
-    if 'source' not in packed:
-        fail(f'{init_from} has no model for --reward=math')
     if init_from == 'resume' and knobs.checkpoint['text'] != knobs.text:
         fail(f'{data} is not what the checkpoint was trained on')
     transformers = need('transformers', 'for models of other families')
     transformers.utils.logging.disable_progress_bar()
-    source, options = packed['source'], {'trust_remote_code': False}
-    if source.endswith('.gguf'):
-        source, options['gguf_file'] = str(Path(source).parent), Path(source).name
     try:
+        packed = knobs.checkpoint['models']['model'] if knobs.checkpoint else {'source': init_from}
+        source, options = packed['source'], {'trust_remote_code': False}
+        if source.endswith('.gguf'):
+            source, options['gguf_file'] = str(Path(source).parent), Path(source).name
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
         model.load_state_dict(packed.get('state', model.state_dict()))
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         n_read = ask(train_set + val_set)[0].shape[1] + text_len
     except Exception as error:      # of many kinds
-        fail(f'no model of transformers at {source}: {error}')
+        fail(f'no model of transformers at {init_from}: {error}')
     models = {'model': {'source': packed['source'], 'state': model.to(world.device).state_dict()}}
     longest, room = text_len, getattr(model.config, 'max_position_embeddings', math.inf)
     if n_read > room:
@@ -459,6 +446,5 @@ for step in run.steps(run.first_step if eval_only else max_steps):
 
 run.save(n_steps, models)
 result = evaluate(n_steps)
-if page and reward == 'text':
-    run.draw('samples.html', samples_page)
+run.draw('samples.html', samples_page) if page and reward == 'text' else None
 run.finish(steps=n_steps, **result)

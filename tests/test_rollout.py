@@ -116,7 +116,7 @@ def test_a_gpt2_writes_and_judges(script, run_here, tmp_path):
     names = script(*how)
     prefix, real = names['val_prefix'], names['val_real']
     log_p = theirs(torch.cat([prefix, real], dim=1)).logits.log_softmax(-1)[:, 4:-1]
-    for found in (names['judged'](prefix, real), names['read'](prefix, real)[1]):
+    for found in (names['judge'].log_probs(prefix, real)[0], names['read'](prefix, real)[1]):
         assert_close(found, log_p.gather(-1, real[..., None])[..., 0], atol=1e-4, rtol=0)
     result_of(run_here(SCRIPT, *how))
     result_of(run_here(SCRIPT, *how[1:], '--init_from=resume', '--max_steps=8'))
@@ -224,7 +224,7 @@ def test_problems_resume_bit_for_bit(of_math, run_here, tmp_path, monkeypatch):
     assert metrics(tmp_path / 'broken') == metrics(tmp_path / 'whole')
     assert len(metrics(tmp_path / 'whole')) == 9
     assert_close(weights(tmp_path / 'broken'), weights(tmp_path / 'whole'), atol=0, rtol=0)
-    refused(run_here, 'has no model for --reward=math', f'--init_from={TEXT.name}/judge.pt')
+    refused(run_here, 'no model of transformers at', f'--init_from={TEXT.name}/judge.pt')
     monkeypatch.undo()
     refused(run_here, 'is not what the checkpoint', f'--init_from={tmp_path}/whole/ckpt.pt')
 
@@ -244,11 +244,12 @@ def test_two_processes_solve_as_one(of_math, run_here, tmp_path):
 def test_problems_of_math_and_gsm8k_are_read(of_math, script, run_here, tmp_path):
     hard = {'problem': 'Find $x$.', 'level': 'Level 4',
             'solution': 'It is $\\boxed{0}$, no, \\boxed{\\frac{1}{2}}.'}
-    load_problem = script()['load_problem']
+    load_problems = script()['load_problems']
     for row, expected in ((hard, ['Find $x$.', '\\frac{1}{2}', '4']),
                           ({'question': '?', 'answer': '<<9+9=18>>18\n#### 1,018'}, ['?', '1,018', '']),
                           ({'question': '?', 'answer': 7, 'level': 2}, ['?', '7', '2'])):
-        assert list(load_problem(json.dumps(row)).values()) == expected
+        (tmp_path / 'one.jsonl').write_text('\ufeff' + f'{json.dumps(row)}\n' * 2)
+        assert list(load_problems(tmp_path / 'one.jsonl')[1].values()) == expected
     rows = [json.dumps({**hard, 'level': f'Level {level}'}) for level in range(1, 6) for _ in range(7)]
     (tmp_path / 'math.jsonl').write_text('\n'.join(rows))
     names = script(f'--data={tmp_path}/math.jsonl', '--levels=4, 5')
