@@ -311,7 +311,7 @@ if n_thoughts(k):
     result['thoughts_at_depth'] = {depth: model.n_thoughts(found[2]).float().mean().item()
                                    for depth, found in tests.items()}
     result['thoughts'] = result['thoughts_at_depth'][k]
-    # counts[thought, state], (L + 1, M): how often thought t met the state after t operations; last, end_thought
+    # counts[thought, state], (L + 1, M): how often thought t met the state after t operations
     T, counts = min(thought.shape[1], k), torch.zeros(d_thought_vocab + 1, n_states)
     at = thought[:, :T].cpu() - n_tokens, states[:, :T].cpu()
     counts.index_put_(at, torch.tensor(1.), accumulate=True)

@@ -244,10 +244,10 @@ def draw_language():
     counts = (answer_to(question) * len(thoughts) + column).bincount(minlength=input_max * len(thoughts))
     names = [' '.join(str(t - thought_tokens.start) for t in row[:n])
              for row, n in zip(thoughts.tolist(), thinking.n_thoughts(thoughts))]
-    figure = picture(2, 'The invented language', heights=[.75, .25])
+    figure = picture(3, 'The invented language', heights=[.7, .15, .15])
     heat_map(figure, 1, counts.view(input_max, -1), 'thoughts', names, 'answer', list(range(input_max)))
     curve(figure, 2, run, 'codes', 'firebrick')
-    curve(figure, 2, run, 'bits', 'teal', right=True)
+    curve(figure, 3, run, 'bits', 'teal')
     return figure.to_html()
 
 

@@ -611,43 +611,40 @@ class KVCache:
 
 # ---- Hugging Face weights ----
 
-HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # transformers keeps these as (in, out)
-HF_FIXED = {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
-            'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
+HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) in transformers
+HF_FIXED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
+            'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False}
 
 
 def from_pretrained(source):
-    """A GPT2 with the weights of a Hugging Face GPT-2, a folder or a hub name such as 'gpt2-xl'. Raises
-    ValueError if there are none, or if this file cannot express the model."""
+    """A GPT2 with the weights of a Hugging Face GPT-2: a folder, or a hub name. Raises ValueError."""
     transformers = need('transformers', 'to load pretrained weights')
     try:
         c = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if c.model_type != 'gpt2':
-            raise ValueError(f'{source} is not a GPT-2 but a {c.model_type}')
-        odd = [name for name, usual in HF_FIXED.items() if getattr(c, name) != usual]
+        odd = [name for name, usual in HF_FIXED.items() if getattr(c, name, None) != usual]
         if odd or c.n_inner not in (None, 4 * c.n_embd):
-            raise ValueError(f'{source} is not a plain GPT-2: {", ".join(odd) or "n_inner"} differs')
+            raise ValueError(f'it is no plain GPT-2, {", ".join(odd) or "n_inner"} differs')
         theirs = transformers.GPT2LMHeadModel.from_pretrained(source, use_safetensors=True, dtype='float32')
-    except OSError as error:
+        model = GPT2(ModelConfig(c.vocab_size, c.n_positions, c.n_layer, c.n_head, c.n_embd,
+                                 c.tie_word_embeddings))
+        state = {name.removeprefix('transformer.'): p for name, p in theirs.state_dict().items()}
+        model.load_state_dict({k: p.t() if k.endswith(HF_TRANSPOSED) else p for k, p in state.items()})
+    except Exception as error:  # of many kinds
         raise ValueError(f'no GPT-2 weights at {source}: {str(error).strip().splitlines()[0]}') from error
-    shape = c.vocab_size, c.n_positions, c.n_layer, c.n_head, c.n_embd, c.tie_word_embeddings
-    model = GPT2(ModelConfig(*shape))
-    state = {name.removeprefix('transformer.'): p for name, p in theirs.state_dict().items()}
-    model.load_state_dict({name: p.t() if name.endswith(HF_TRANSPOSED) else p for name, p in state.items()})
     return model
 
 
 def save_pretrained(model, folder):
-    """Write config.json and model.safetensors for transformers' GPT2LMHeadModel.from_pretrained."""
+    """Write a folder for transformers' GPT2LMHeadModel.from_pretrained. Raises ValueError."""
     transformers, c = need('transformers', 'to export weights'), model.config
     if c.reads != c.writes or c.position_encoding != 'learned':
-        raise ValueError('only a model with learned positions that writes what it reads can be exported')
+        raise ValueError('only models with learned positions that write what they read can be exported')
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.d_vocab, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.d_model,
         tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None))
     state = {('' if name.startswith('lm_head') else 'transformer.') + name: p
              for name, p in model.state_dict().items()}
-    theirs.load_state_dict({name: p.t() if name.endswith(HF_TRANSPOSED) else p for name, p in state.items()})
+    theirs.load_state_dict({k: p.t() if k.endswith(HF_TRANSPOSED) else p for k, p in state.items()})
     theirs.save_pretrained(folder)
 
 
@@ -661,12 +658,10 @@ def unpack(packed):
     try:
         Config, Model = MODELS[packed['kind']]
         config, state = Config(**packed['config']), packed['state']
-        if config.n_layer > len(state):
-            raise ValueError('it lacks layers')
+        if config.n_layer > len(state) or not all(p.isfinite().all() for p in state.values()):
+            raise ValueError('weights are missing, or not finite')
         with torch.device('meta'):  # takes no memory, whatever a damaged config asks for
             Model(config).load_state_dict(dict(state), assign=True)
-        if not all(p.isfinite().all() for p in state.values()):
-            raise ValueError('a weight is not finite')
         model = Model(config)
         model.load_state_dict(state)
     except Exception as error:  # of many kinds
@@ -677,13 +672,13 @@ def unpack(packed):
 def find_model(checkpoint, name='model'):
     """The model called name in a checkpoint. Raises ValueError."""
     if name not in checkpoint['models']:
-        raise ValueError(f'the checkpoint has no model called {name}, but {", ".join(checkpoint["models"])}')
+        raise ValueError(f'the checkpoint has no model called {name}, but {list(checkpoint["models"])}')
     return unpack(checkpoint['models'][name])
 
 
 def make_model(config, checkpoint=None, name='model', spread=1.):
     """A new model of this shape, or the model called name in a checkpoint; a normal one is grown if config
-    is a ThinkingModelConfig. Raises ValueError if there is no such model, or one of another shape."""
+    is a ThinkingModelConfig. Raises ValueError if there is none of this shape."""
     if checkpoint is None:
         return MODELS[type(config).__name__][1](config)
     model = find_model(checkpoint, name)
@@ -692,8 +687,7 @@ def make_model(config, checkpoint=None, name='model', spread=1.):
             model, config.d_thought_vocab, spread, config.gate, config.block_size)
     model.config.dropout = config.dropout  # no part of a model's shape
     for field, value in asdict(config).items():
-        theirs = getattr(model.config, field, None)
-        if theirs != value:
+        if (theirs := getattr(model.config, field, None)) != value:
             raise ValueError(f'the model in the checkpoint has {field}={theirs}, not {value}')
     return model
 
@@ -702,5 +696,5 @@ def lagged_copy(model, checkpoint=None):
     """A copy that does not learn; or the model called lagged, if a checkpoint has it."""
     lagged = copy.deepcopy(model).requires_grad_(False)
     if checkpoint and 'lagged' in checkpoint['models']:
-        lagged.load_state_dict(find_model(checkpoint, 'lagged').state_dict())
+        lagged.load_state_dict(make_model(model.config, checkpoint, 'lagged').state_dict())
     return lagged

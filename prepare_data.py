@@ -3,17 +3,16 @@ Every data set, made or downloaded.
 
     python prepare_data.py                              # Shakespeare by character, as in nanoGPT
     python prepare_data.py --dataset=shakespeare        # the same in GPT-2's tokens
-    python prepare_data.py --dataset=text --path=books  # your own file, or a folder of *.txt
-    python prepare_data.py --dataset=text --path=a.txt.xz --val_path=b.txt.xz --tokenizer=char
+    python prepare_data.py --dataset=text --path=books --val_path=b.txt.xz --tokenizer=char     # your own
     python prepare_data.py --dataset=fineweb_edu        # run it again after an interruption
     python prepare_data.py --dataset=addition           # 12345+67890=080235, by character
     python prepare_data.py --dataset=problems           # word problems of five levels
 
 Tokens go to train.bin and val.bin, for np.memmap(file, dtype=np.uint16). meta.json lists the characters in
 the order of their tokens. In GPT-2's tokens each document begins with <|endoftext|>, except in Shakespeare.
-Problems are text: train.jsonl and val.jsonl have lines {"question": ..., "answer": "12", "level": 1}; all with
-the same calculation, such as 7+3-2, are in the same file. A data set is made in <folder>.part, which is
-renamed when it is whole. What is there is not made again.
+Problems are text: train.jsonl and val.jsonl have lines {"question": ..., "answer": "12", "level": 1}. All
+problems with the same calculation, such as 7+3-2, are in the same file. A data set is made in <folder>.part,
+which is renamed when it is whole. What is there is not made again.
 """
 import json
 import os
@@ -51,20 +50,17 @@ out_dir = ''                  # folder of the data; empty: data/<dataset>
 # ---- set-up ----
 
 began, knobs = time.time(), read_knobs(__file__, globals())
-folder, PARTS = Path(out_dir or f'data/{dataset}').resolve(), ('train', 'val')
+folder, PARTS = Path(os.path.abspath(out_dir or f'data/{dataset}')), ('train', 'val')
 making = folder.with_name(f'{folder.name}.part')
 FILES = {part: f'{part}.{"jsonl" if dataset == "problems" else "bin"}' for part in PARTS}
 uses = {'text': 'path val_path val_share tokenizer', 'fineweb_edu': 'n_tokens',
         'addition': 'val_share n_questions input_min input_max seed',
         'problems': 'val_share n_problems seed'}.get(dataset, 'path').split()    # Shakespeare: path
 made_with = {name: knobs[name] for name in ['dataset', *uses]}      # all that decides what is written
-changed = {name: value for name, value in knobs.changed.items() if name != 'out_dir'}
-if useless := changed.keys() - made_with:
+if useless := knobs.changed.keys() - made_with - {'out_dir'}:
     fail(f'--dataset={dataset} makes no use of --{min(useless)}')
 if dataset == 'text' and not path:
     fail('--dataset=text needs --path=<file or folder>')
-if dataset == 'addition' and input_min >= input_max - 1:
-    fail(f'--input_min={input_min} leaves no two numbers below input_max={input_max}')
 if dataset.startswith('shakespeare'):       # like nanoGPT
     val_path, val_share, tokenizer = '', .1, 'char' if dataset == 'shakespeare_char' else 'gpt2'
 
@@ -73,9 +69,8 @@ def look(folder):
     """meta.json of a data set of these knobs, with all the tokens that it counts, else None."""
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):     # not there, not ours
         meta = json.loads((folder / 'meta.json').read_text())
-        sizes = {part: (folder / FILES[part]).stat().st_size for part in PARTS}
-        whole = all(sizes[part] >= 2 * meta.get(f'{part}_tokens', 0) for part in PARTS)
-        return meta if whole and meta['knobs'] == made_with else None
+        n = [(folder / FILES[part]).stat().st_size // 2 - meta.get(f'{part}_tokens', 0) for part in PARTS]
+        return meta if min(n) >= 0 and meta['knobs'] == made_with else None
 
 
 def write(name, text):
@@ -100,6 +95,7 @@ def finish(verb, meta):
         write('meta.json', json.dumps(meta, indent=1))
         os.rename(making, folder)
     counts = {name: meta[name] for name in meta if name.endswith(('_tokens', '_problems', '_vocab'))}
+    changed = {name: knobs[name] for name in knobs.changed if name in made_with}
     line = {'script': knobs.script, 'changed': changed, **counts, 'seconds': round(time.time() - began, 2)}
     print(f'{folder} {verb}', json.dumps(line), sep='\n')
     raise SystemExit
@@ -201,15 +197,15 @@ elif dataset == 'fineweb_edu':
     pieces, total = fineweb_pieces(), n_tokens // 1000      # roughly
 else:
     try:
-        texts = read(Path(path)) if path else [urllib.request.urlopen(SHAKESPEARE, timeout=60).read().decode()]
-        assert path or len(texts[0]) == 1_115_394, 'it is not what it was'
+        page = None if path else urllib.request.urlopen(SHAKESPEARE, timeout=60).read().decode()
+        assert path or len(page) == 1_115_394, 'it is not what it was'
     except Exception as error:      # networks fail in many ways
         fail(f'cannot download {SHAKESPEARE}, pass a copy of it by --path=input.txt: {error}')
+    texts = read(Path(path)) if path else [page]
     end = int(sum(map(len, texts)) * (1 if val_path else 1 - val_share))    # where val begins
     texts += read(Path(val_path)) if val_path else []
-    n_val = sum(map(len, texts)) - end
-    if not end or not n_val:
-        fail(f'too little text: {end} characters to train on and {n_val} of val')
+    if not 0 < end < (n := sum(map(len, texts))):
+        fail(f'too little text: {end} characters to train on and {n - end} of val')
     cuts = [max(0, end - start) for start in accumulate(map(len, texts), initial=0)]    # in each text
     pieces = ((part, match.start() == 0 and dataset == 'text', match[0]) for text, cut in zip(texts, cuts)
               for part, some in zip(PARTS, (text[:cut], text[cut:])) for match in PIECE.finditer(some))
@@ -223,8 +219,7 @@ encoding = None if characters else gpt2_encoding()
 number = {character: i for i, character in enumerate(characters)}
 meta = {'knobs': made_with, 'pieces': 0, 'train_tokens': 0, 'val_tokens': 0, 'characters': characters,
         'tokenizer': 'char' if characters else 'gpt2', 'd_vocab': len(characters) or encoding.n_vocab}
-if dataset == 'fineweb_edu':
-    meta = look(making) or meta
+meta = dataset == 'fineweb_edu' and look(making) or meta
 pieces = chain(list(islice(pieces, 1)), pieces)     # get one before anything is written
 held = start_writing()
 write('meta.json', json.dumps(meta))    # first, so that it is never beside another data set's files

@@ -1,6 +1,5 @@
 """What scripts share. Last come fast paths, which change no result: skip them at first."""
 import codecs
-import contextlib
 import difflib
 import functools
 import hashlib
@@ -10,15 +9,14 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,29 +34,29 @@ except ImportError:  # without a GPU
     triton = None
 
 
-# ---- what ends a program early (one line, exit code 2), knobs ----
+# ---- what ends a program early, knobs ----
 
-def fail(message, code=2):
-    """End the program: one line on stderr."""
+def fail(message):
+    """End the program: one line on stderr, exit code 2."""
     print('error:', ' '.join(printable(str(message)).split())[:500], file=sys.stderr)
-    sys.exit(code)
+    sys.exit(2)
 
 
 def excepthook(kind, error, trace):
-    """What is no bug ends a script in one line: a user's mistake, a ValueError raised in this folder; Ctrl-C;
-    what files, memory or the compiler refuse."""
-    first, raised_in = str(error).strip().partition('\n')[0], traceback.extract_tb(trace)[-1].filename
-    if kind is BrokenPipeError:  # of `| head`
+    """What is no bug ends a script in one line: a ValueError raised in this folder is a user's mistake."""
+    first, source = str(error).strip().partition('\n')[0], traceback.extract_tb(trace)[-1].filename
+    if kind is BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     if kind is KeyboardInterrupt:
-        fail(f'stopped{Run.where}', code=130)
+        fail(f'stopped{Run.where}')
     if issubclass(kind, OSError):
         fail(f'{error.filename or "output"}: {error.strerror or first}{Run.where}')
     if kind.__module__.startswith(('torch._dynamo', 'torch._inductor')):
-        fail(f'--compile=True does not work here: {first}')
-    if (issubclass(kind, ValueError) and Path(raised_in).resolve().parent == Path(__file__).parent
-            or issubclass(kind, (RuntimeError, MemoryError)) and 'memory' in first):
+        fail(f'cannot compile: {first}')
+    if issubclass(kind, MemoryError) or issubclass(kind, RuntimeError) and 'memory' in first:
+        fail(f'not enough memory: {first}')
+    if issubclass(kind, ValueError) and Path(source).resolve().parent == Path(__file__).parent:
         fail(first)
     sys.__excepthook__(kind, error, trace)
 
@@ -68,39 +66,37 @@ def need(package, purpose):
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f'{package} is needed {purpose}: pip install {package.partition(".")[0]}') from error
+        raise ValueError(f'{package} is needed {purpose}: pip install {package.split(".")[0]}') from error
 
 
 LIMITS = {name: limits for limits, names in {  # smallest and largest value; others: 0 and 2^31
     (1, 2**31): 'max_steps inner_steps eval_every eval_questions log_every n_tokens seeds parallel',
     (1, 2**20): 'batch_size d_thought_vocab d_model text_len eval_sequences eval_prefixes prefix_len',
-    (1, 10**5): 'n_problems', (2, 2**31): 'input_max n_questions',
-    (1, 2**12): 'group_size n_layer n_head n_adds k n_letters at_once', (0, 2**12): 'think_len k_test',
+    (1, 10**5): 'n_problems', (2, 2**31): 'input_max n_questions', (1, 2**8): 'n_layer n_head',
+    (1, 2**12): 'group_size n_adds k n_letters at_once', (0, 2**12): 'think_len', (0, 2**10): 'k_test',
     (1e-6, 1e9): 'tau max_seconds', (1e-3, 1e3): 'temperature', (0, 1): 'epsilon hardest advance_at',
     (0, .9999): 'beta2', (0, .99): 'heldout val_share dropout',
 }.items() for name in names.split()}
-KINDS = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'text'}
-# never taken from a checkpoint, which may be somebody else's
+# never from a checkpoint, it may be somebody's
 ELSEWHERE = {'init_from', 'eval_only', 'out_dir', 'wandb_mode', 'device'}
-# can change when a run is resumed; not in its folder name
+# may change in a resumed run, are not in its folder's name
 FREE = ELSEWHERE | set('max_steps max_seconds eval_every log_every plot page'.split())
 # decide which questions are held out, and stay with the weights
 SPLIT = set('seed heldout input_min input_max n_adds task n_letters k'.split())
 
 
 class Knobs(dict):
-    """A script's knobs by name. Has script (its name), folder, changed (by the user), checkpoint, text."""
+    """A script's knobs by name. Has script (its name), folder, changed, checkpoint, text."""
 
 
 def read_knobs(file, script_globals, pretrained=False):
     """A script's knobs: lines `name = value  # meaning, unit` below the banner "knobs", 'a' | 'b' are
-    choices. They are overridden by --name=value and put into its globals. --help prints them. With
-    init_from=resume knobs not given come from the checkpoint; with a checkpoint of the same script only
-    those in SPLIT. pretrained: other paths are the script's.
-    """
+    choices; overridden by --name=value, and put into its globals. init_from=resume takes those not given
+    from the checkpoint, another checkpoint only those in SPLIT. pretrained: it may name other things."""
     sys.excepthook = excepthook
-    if 'WORLD_SIZE' not in os.environ and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with suppress(ValueError):  # in other threads
+        if 'WORLD_SIZE' not in os.environ:  # torchrun waits for nobody
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
         sys.stdout.reconfigure(errors='replace')  # if a terminal cannot show a tick
     block = Path(file).read_text('utf-8').partition('# ---- knobs ----')[2].partition('\n# ----')[0].strip()
@@ -116,7 +112,7 @@ def read_knobs(file, script_globals, pretrained=False):
     given = dict(parse_knob(argument, defaults) for argument in sys.argv[1:])
     knobs = Knobs(defaults | given)
     for name, value in knobs.items():  # given or edited
-        check_knob(name, value, defaults[name], comments[name])
+        check_knob(name, value, comments[name])
     knobs.script, knobs.checkpoint, knobs.text = Path(file).stem, None, {}
     name = ','.join(f'{k}={v}' for k, v in knobs.items() if v != defaults[k] and k not in FREE)
     if len(name.encode()) > 150:  # file systems allow 255
@@ -128,17 +124,17 @@ def read_knobs(file, script_globals, pretrained=False):
     resume = start == 'resume'
     path = knobs.folder / 'ckpt.pt' if resume else Path(start)
     if start != 'scratch' and (path.suffix == '.pt' or not pretrained):
-        missing = 'nothing to resume' if resume else 'no checkpoint to start from'
-        knobs.checkpoint = load_checkpoint(path, missing)
+        knobs.checkpoint = load_checkpoint(path)
         script, old = knobs.checkpoint['script'], knobs.checkpoint['knobs']
         if resume and script != knobs.script:
             fail(f'{path} is from {script}.py')
         kept = knobs.keys() - ELSEWHERE if resume else SPLIT
         for name in old.keys() & knobs.keys() & kept if script == knobs.script else ():
-            check_knob(name, old[name], defaults[name], comments[name], f'{path}: ')
-            if name not in FREE and given.get(name, old[name]) != old[name]:
-                fail(f'--{name}={given[name]} cannot be changed when going on from {path}, was {old[name]}')
-            knobs[name] = given.get(name, old[name])
+            value = parse_knob(f'--{name}={old[name]}', defaults)[1]
+            check_knob(name, value, comments[name])
+            if name not in FREE and given.get(name, value) != value:
+                fail(f'--{name}={given[name]} cannot be changed when going on from {path}, was {value}')
+            knobs[name] = given.get(name, value)
     knobs.changed = {k: v for k, v in knobs.items() if v != defaults[k]}
     script_globals.update(knobs)
     return knobs
@@ -156,30 +152,29 @@ def parse_knob(argument, defaults):
     try:
         return name, {'True': True, 'False': False}[text] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        fail(f'--{name}={text} must be {KINDS[kind]}')
+        must = {bool: 'True or False', int: 'an integer', float: 'a number'}[kind]
+        fail(f'--{name}={text} must be {must}')
 
 
-def check_knob(name, value, default, comment, where=''):
-    """Fail if a knob's value is not of its type, within its limits, or one of its comment's choices."""
-    kind, (low, high) = type(default), LIMITS.get(name, (0, 2**31))
-    if type(value) is not kind and (type(value), kind) != (int, float):
-        fail(f'{where}--{name}={value} must be {KINDS[kind]}')
-    if kind in (int, float) and not low <= value <= high:  # nor nan
-        fail(f'{where}--{name}={value} must be between {low:g} and {high:g}')
-    if kind is str and not value.isprintable():
-        fail(f'{where}--{name}={value!r} cannot be printed')
+def check_knob(name, value, comment):
+    """Fail if a knob's value is not within its limits, or none of the choices in its comment."""
+    number, (low, high) = type(value) in (int, float), LIMITS.get(name, (0, 2**31))
+    if number and not low <= value <= high:  # nor nan
+        fail(f'--{name}={value} must be between {low:g} and {high:g}')
+    if isinstance(value, str) and not value.isprintable():
+        fail(f'--{name}={value!r} cannot be printed')
     choices = re.findall(r"'([^']*)'", comment) if "' | '" in comment else [value]
     if value not in choices:
-        fail(f'{where}--{name}={value} must be one of {", ".join(choices)}')
+        fail(f'--{name}={value} must be one of {", ".join(choices)}')
 
 
 # ---- device and processes ----
 
 class World:
-    """Device and processes: each draws the whole batch's random numbers and reads its share of the rows."""
+    """Device and processes. Each draws the whole batch's random numbers and reads its share of the rows."""
     def __init__(self, knobs):
         if ('RANK' in os.environ) != ('WORLD_SIZE' in os.environ):
-            fail('of RANK and WORLD_SIZE only one is set: torchrun sets both')
+            fail('of RANK and WORLD_SIZE only one is set')
         self.rank, self.size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.main, name = self.rank == 0, knobs['device']
         if name == 'auto':
@@ -236,10 +231,10 @@ class World:
             torch.nn.utils.vector_to_parameters(flat / self.size, grads)
 
     def peak_memory_mb(self):
-        """The most memory used so far, of the GPU if there is one; None on Windows."""
+        """The most memory used so far, of the GPU if there is one."""
         if self.device.type == 'cuda':
             return round(torch.cuda.max_memory_allocated() / 2**20)
-        with contextlib.suppress(ImportError):
+        with suppress(ImportError):  # on Windows
             used = importlib.import_module('resource').getrusage(0).ru_maxrss
             return round(used / (2**20 if sys.platform == 'darwin' else 2**10))
 
@@ -263,14 +258,10 @@ def write_atomic(path, write):
 
 
 def lock(folder):
-    """Make a folder, which only one program at a time may write to: a lock, or fail."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / '.lock', timeout=0)
-        lock.acquire()
-    except (OSError, RuntimeError) as error:  # of a lock that is held it has no strerror
-        why = getattr(error, 'strerror', error) or 'another run is writing to it'
-        fail(f'cannot write to {folder}: {why}')
+    """Make a folder, which only one program at a time may write to. Returns the lock. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / '.lock', timeout=0)
+    lock.acquire()
     return lock
 
 
@@ -278,20 +269,20 @@ CHECKPOINT = {'script': str, 'knobs': dict, 'models': dict, 'optimizers': list, 
               'step': int, 'best': float, 'seconds': float, 'written': list, 'text': dict}
 
 
-def load_checkpoint(path, missing='no checkpoint', text=None):
+def load_checkpoint(path, text=None):
     """Read a checkpoint, in which nothing can run; or fail. text: whose tokens it must know."""
     if not os.path.isfile(path):
-        fail(f'{missing}: {path} is not there')
+        fail(f'there is no checkpoint {path}')
     try:
         with zipfile.ZipFile(path) as archive:  # torch checks neither sizes nor checksums
             unpacked = sum(part.file_size for part in archive.infolist())
             if unpacked > os.path.getsize(path) or archive.testzip():
-                raise ValueError('it does not have its checksum')
+                raise ValueError
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         if wrong := [name for name, kind in CHECKPOINT.items() if type(checkpoint[name]) is not kind]:
             raise ValueError(f'its {wrong[0]} is wrong')
     except Exception as error:  # torch raises many kinds
-        fail(f'{path} is damaged or no checkpoint of these scripts: {type(error).__name__} {error}')
+        fail(f'{path} is damaged or no checkpoint of ours: {type(error).__name__} {error}')
     if text and text['tokens'] != checkpoint['text'].get('tokens'):
         fail(f'{path} was trained on text with other tokens')
     return checkpoint
@@ -302,36 +293,36 @@ def pack(model):
     return {'kind': type(model.config).__name__, 'config': asdict(model.config), 'state': model.state_dict()}
 
 
-# all that a run leaves in its folder
+# what a run leaves
 OURS = r'((config\.json|metrics\.jsonl|samples\.txt|(ckpt|best)\.pt|\w+\.html)(\.tmp)?|\.lock|wandb)'
 
 
 class Run:
     """A run and its folder; an older run there is moved to <folder>.1, ... Only the main process writes."""
-    where = ''  # the last good checkpoint, for excepthook
+    where = ''  # the last checkpoint
 
     def __init__(self, knobs, world, optimizers):
         self.knobs, self.world, self.folder, self.optimizers = knobs, world, knobs.folder, optimizers
-        self.start, self.best, self.first_step, self.wandb, self.shown = time.time(), -math.inf, 0, None, ''
+        self.start, self.best, self.first_step, self.wandb = time.time(), -math.inf, 0, None
         self.writes = world.main and not knobs['eval_only']
         self.resumed = knobs.checkpoint if knobs['init_from'] == 'resume' else None
         try:
             self.resume() if self.resumed else None
             self.open_folder() if self.writes else None
         except Exception as error:  # of many kinds
-            fail(f'cannot use {self.folder}, another --out_dir may do: {error}')
+            fail(f'cannot use {self.folder} (--out_dir): {error}')
 
     def resume(self):
-        """Go on where the checkpoint was written. Raises many kinds of errors if it is not of this run."""
+        """Go on where the checkpoint was written. Raises many kinds of errors if it does not fit."""
         old = self.resumed
         self.start, self.best, self.first_step = self.start - old['seconds'], old['best'], old['step']
         for optimizer, saved in zip(self.optimizers, old['optimizers'], strict=True):
-            groups = optimizer.state_dict()['param_groups']  # rates and the like are those of the knobs
+            groups = optimizer.state_dict()['param_groups']  # rates are the knobs'
             optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
             for p, state in optimizer.state.items():  # a fused kernel would write anywhere
                 shapes = {name: x.shape for name, x in state.items()}
                 if shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
-                    raise ValueError('its optimiser is not of this shape')
+                    raise ValueError('its optimiser does not fit')
         self.world.generator.set_state(old['generator'])
 
     def restore(self, state):
@@ -339,7 +330,7 @@ class Run:
         old = self.resumed or state
         for name, x in state.items():
             if not torch.is_tensor(old.get(name)) or (old[name].shape, old[name].dtype) != (x.shape, x.dtype):
-                fail(f'{self.folder}: {name} in its checkpoint is not of this run')
+                fail(f'{self.folder}/ckpt.pt: {name} does not fit')
         return {name: old[name].to(self.world.device) for name in state}
 
     def open_folder(self):
@@ -351,23 +342,21 @@ class Run:
         for path in self.folder.iterdir():
             ours = re.fullmatch(OURS, path.name) and not path.is_symlink()
             if not ours or path.is_file() == (path.name == 'wandb'):
-                raise ValueError(f'{path.name} in it is not of a run')
+                raise ValueError(f'{path.name} is not ours')
         self.lock = lock(self.folder)
         files = [path for path in self.folder.iterdir() if path.name != '.lock' and path.suffix != '.tmp']
         if files and type(json.loads(config.read_text())['script']) is not str:
-            raise ValueError('its config.json is not of a run')
+            raise ValueError('config.json is not ours')
         if files and not self.resumed:
-            here = self.folder.resolve()
-            older = (here.with_name(f'{here.name}.{n}') for n in itertools.count(1))
+            older = (Path(f'{self.folder.resolve()}.{n}') for n in itertools.count(1))
             older = next(path for path in older if not path.exists())
             older.mkdir()
             for path in sorted(files, key=lambda path: path == config):  # by config.json we know a run
                 path.rename(older / path.name)
+        on_gpu = self.world.device.type == 'cuda'
         now = {'script': self.knobs.script, 'knobs': self.knobs, 'commit': git_commit(),
-               'torch': torch.__version__, 'processes': self.world.size, 'device': platform.machine(),
-               'started': time.ctime()}
-        if self.world.device.type == 'cuda':
-            now['device'] = torch.cuda.get_device_name()
+               'torch': torch.__version__, 'processes': self.world.size, 'started': time.ctime(),
+               'device': torch.cuda.get_device_name() if on_gpu else 'cpu'}
         if not self.resumed:
             write_atomic(config, lambda file: file.write(json.dumps(now, indent=1).encode()))
         files = [open(self.folder / name, 'a', buffering=1, encoding='utf-8')
@@ -375,7 +364,7 @@ class Run:
         self.metrics, self.samples = files
         for file, length in zip(files, self.resumed['written'] if self.resumed else ()):
             if file.seek(0, 2) < length:
-                raise ValueError(f'{file.name} is shorter than when the checkpoint was written')
+                raise ValueError(f'{file.name} is shorter than its checkpoint says')
             file.truncate(file.seek(length))  # forget what came after the checkpoint
         same = {'id': fingerprint(config.read_bytes()), 'resume': 'allow'}  # when it is resumed
         self.wandb = wandb and wandb.init(project='think-tokens', name=self.folder.name, mode=mode,
@@ -387,12 +376,12 @@ class Run:
 
     def steps(self, last):
         """Steps from first_step to last - 1, with a progress bar, until max_seconds have passed."""
-        self.bar = tqdm(range(self.first_step, last), initial=self.first_step, total=last, dynamic_ncols=True,
+        self.bar = tqdm(range(self.first_step, last), initial=self.first_step, total=last,
                         disable=None if self.world.main else True)
         most = self.knobs['max_seconds']
         with self.bar:
             for step in self.bar:
-                if step % self.knobs['log_every'] == 0:  # all wait for the main process
+                if step % self.knobs['log_every'] == 0:
                     late = torch.tensor(float(self.seconds() > most), device=self.world.device)
                     dist.broadcast(late, 0) if self.world.size > 1 else None
                     if late:
@@ -412,7 +401,6 @@ class Run:
         self.print(text)
         if self.writes:
             self.samples.write(plain(printable(text)) + '\n')
-            self.shown += as_html(text)
 
     def show(self, config, questions, thoughts, answers, right, names=None):
         """Show three questions (n, S), thoughts (n, T) and answers (n,). names: of normal tokens."""
@@ -424,8 +412,7 @@ class Run:
             self.sample(text, right=answer == truth)
 
     def log(self, step, **numbers):
-        """Write a line of metrics.jsonl, means over processes; only seconds, tokens_per_second and mfu vary
-        between runs."""
+        """Write a line of metrics.jsonl, of means over processes. Only times and speeds vary between runs."""
         if self.world.size > 1:
             mean = torch.tensor(list(numbers.values()), dtype=torch.double, device=self.world.device)
             dist.all_reduce(mean)
@@ -436,17 +423,12 @@ class Run:
             line = {'step': step, **numbers, 'seconds': round(self.seconds(), 4)}
             self.metrics.write(json.dumps(line) + '\n')
         if self.wandb:
-            self.wandb.log(numbers | self.table(), step=step)
+            self.wandb.log(numbers, step=step)
 
     def check(self, good, what, step):
         """Fail if training has diverged."""
         if not good:
             fail(f'{what} at step {step}: training diverged, a smaller learning_rate may help{Run.where}')
-
-    def table(self):
-        """What was shown since the last call, for wandb."""
-        shown, self.shown = self.shown, ''
-        return {'samples': need('wandb', '').Html(shown)} if shown else {}
 
     def report(self, step, **numbers):
         """Log and print an evaluation; the progress bar shows its last two numbers."""
@@ -470,7 +452,7 @@ class Run:
                 'generator': self.world.generator.get_state(),
                 'written': [self.metrics.tell(), self.samples.tell()], **state}
             write_atomic(self.folder / file, lambda file: torch.save(checkpoint, file))
-            Run.where = f'; {self.folder}/ckpt.pt of step {step} is whole: --init_from=resume goes on from it'
+            Run.where = f'; {self.folder}/ckpt.pt is whole, --init_from=resume goes on from it'
 
     def save_best(self, step, score, models, **state):
         """Write best.pt if the score is the highest so far."""
@@ -479,7 +461,7 @@ class Run:
             self.save(step, models, 'best.pt', **state)
 
     def draw(self, name, page):
-        """Write the HTML that page() returns into the folder; if that fails, the run still ends well."""
+        """Write the HTML that page() returns; if that fails, the run still ends well."""
         try:
             if self.writes:
                 write_atomic(self.folder / name, lambda file: file.write(page().encode()))
@@ -489,14 +471,14 @@ class Run:
     def finish(self, **result):
         """The last line: one JSON object."""
         changed = {k: v for k, v in self.knobs.changed.items() if k not in ('init_from', 'out_dir')}
-        line = json.dumps({'script': self.knobs.script, 'changed': changed, **result, 'seconds': round(
-            self.seconds(), 2), 'peak_memory_mb': self.world.peak_memory_mb()})
+        line = {'script': self.knobs.script, 'changed': changed, **result,
+                'seconds': round(self.seconds(), 2), 'peak_memory_mb': self.world.peak_memory_mb()}
+        line = json.dumps(line)
         if self.writes:
             self.metrics.close()
             self.samples.close()
             self.lock.release()
         if self.wandb:
-            self.wandb.log(self.table())
             self.wandb.summary.update(json.loads(line))
             self.wandb.finish()
         if self.world.main:
@@ -506,9 +488,9 @@ class Run:
 
 
 def git_commit():
-    """This checkout's commit, + if its files differ from it; None outside one."""
+    """This checkout's commit, + if files differ; None outside one."""
     command = 'git describe --always --abbrev=40 --exclude=* --dirty=+'.split()
-    with contextlib.suppress(OSError):  # where there is no git
+    with suppress(OSError):  # where there is no git
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
         return found.stdout.strip() or None
 
@@ -524,8 +506,8 @@ def addition_questions(input_min, input_max, heldout, seed, n_adds=2, n_max=10**
     """Two sets of rows (n, n_adds) of numbers, n_max in all: to train on, held out. Raises ValueError."""
     generator, n_numbers = torch.Generator().manual_seed(seed), input_max - input_min
     n_rows = n_numbers ** n_adds
-    if n_rows > 2**62:
-        raise ValueError(f'{n_adds} numbers of {n_numbers} make questions too many to number')
+    if n_numbers < 2 or n_rows > 2**62:
+        raise ValueError(f'questions of {n_adds} numbers among {n_numbers} are too few or too many')
     index = torch.arange(n_rows if n_rows <= n_max else 0)
     while len(index) < min(n_max, n_rows):
         index = torch.cat([index, torch.randint(n_rows, (n_max,), generator=generator)]).unique()
@@ -536,12 +518,12 @@ def addition_questions(input_min, input_max, heldout, seed, n_adds=2, n_max=10**
 
 
 class SerialTask:
-    """Questions worked out step by step: a start and *depth* operations, each leads to a state, the last one
-    is the answer. Raises ValueError.
+    """Questions worked out step by step: a start and *depth* operations, each leads to a state, the last
+    one is the answer.
 
     'add'   a running total modulo a prime; an operation is + c, or x c with c > 0
     'plus'  only additions, modulo any number
-    'perm'  n states; operations are n_letters random permutations of them
+    'perm'  n states; operations are n_letters random permutations
     's5'    states are the 120 permutations of 5 things; operations, n_letters of them
     'hop'   a random mapping f of n elements, as tokens v>f(v); every operation is f
     'sort'  n_letters numbers below n, in place of a start; an operation asks for the next
@@ -564,17 +546,17 @@ class SerialTask:
         elif task == 's5':
             if n_letters > 120:
                 raise ValueError(f'there are 120 permutations, not n_letters={n_letters}')
-            elements = torch.tensor(list(itertools.permutations(range(5))))  # (120, 5)
+            elements = torch.tensor(list(itertools.permutations(range(5))))
             letters = elements[torch.randperm(120, generator=generator)[:n_letters]]
             names = [''.join(map(str, letter)) for letter in letters.tolist()]
-            after = letters[:, elements][:, :, None]  # (n_letters, 120, 1, 5)
+            after = letters[:, elements][:, :, None]
             self.n_states, self.table = 120, (after == elements).all(-1).int().argmax(-1)
         elif task == 'hop':
             names = ['f'] + [f'{v}>{w}' for v in range(n_states) for w in range(n_states)]
             self.n_prefix = n_states
         else:
             if n_letters > n_states:
-                raise ValueError(f'n_letters={n_letters} different numbers needs as many below input_max')
+                raise ValueError(f'n_letters={n_letters} needs as many numbers below input_max')
             names, self.n_prefix = ['next'], n_letters - 1
         self.names = [str(i) for i in range(self.n_states)] + names + ['=']
 
@@ -608,7 +590,7 @@ def gpt2_encoding():
     try:
         return need('tiktoken', "for GPT-2's tokens").get_encoding('gpt2')
     except Exception as error:  # networks raise many kinds
-        fail(f"no files of GPT-2's tokens, TIKTOKEN_CACHE_DIR may name their folder: {error}")
+        fail(f"no files of GPT-2's tokens, see TIKTOKEN_CACHE_DIR: {error}")
 
 
 def fingerprint(content):
@@ -617,8 +599,8 @@ def fingerprint(content):
 
 
 def load_text(folder, knobs):
-    """What prepare_data.py left: train and val, tokens (n,), d_vocab, and decode(tokens) -> texts. The
-    checkpoint in knobs must know these tokens, and if it is resumed, be of this very text."""
+    """What prepare_data.py left: train and val, tokens (n,), d_vocab, and decode(tokens) -> texts. A
+    checkpoint must know its tokens; one that is resumed, its text."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
@@ -627,13 +609,13 @@ def load_text(folder, knobs):
         characters = {'char': meta.get('characters'), 'gpt2': None}[kind]
         known = 50257 if characters is None else len(set(''.join(characters)))
         if not d_vocab == known == len(characters or range(known)) or max(train.max(), val.max()) >= known:
-            raise ValueError(f'its tokens are not those of its vocabulary, {known}')
+            raise ValueError(f'its tokens are not its vocabulary of {known}')
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        fail(f'no data in {folder}, see python prepare_data.py --help: {error}')
+        fail(f'no data in {folder}, see prepare_data.py: {error}')
     text = knobs.text = {'tokens': fingerprint(json.dumps(characters).encode()), 'data': fingerprint(train)}
     old = knobs.checkpoint['text'] if knobs.checkpoint else text
     if old.get('tokens') != text['tokens'] or knobs['init_from'] == 'resume' and old != text:
-        fail(f'{folder} is not what the checkpoint of --init_from={knobs["init_from"]} was trained on')
+        fail(f'{folder} is not what --init_from={knobs["init_from"]} was trained on')
     encoding = None if characters else gpt2_encoding()
 
     def decode(tokens):
@@ -671,7 +653,6 @@ def fused(function):
     """Compile a function, but only inside recorded(..., fuse=True)."""
     compiled = functools.cache(lambda: torch.compile(function, dynamic=False))
 
-    @functools.wraps(function)
     def run(*args, **kw):
         compile = fusing and not torch.compiler.is_compiling()
         return (compiled() if compile else function)(*args, **kw)
@@ -684,8 +665,7 @@ long_cumsum = torch.compiler.disable(lambda p: p.cumsum(-1))  # torch 2.11 canno
 @fused
 def sample(logits, noise, temperature=1., epsilon=0., bias=0.):
     """Tokens (N,) drawn by inverting the distribution function: only noise (N,) in [0, 1) decides. logits:
-    (N, V). temperature: 0 takes the likeliest token, others are at least .001. epsilon: share of uniform
-    draws. bias: added to logits."""
+    (N, V). temperature: 0 takes the likeliest token. epsilon: share of uniform draws."""
     log_p = logits.float() + bias
     if temperature == 0:
         return log_p.argmax(-1)
@@ -716,7 +696,7 @@ def centred(rewards):
 
 
 def quantile(rewards, among):
-    """Normal quantiles of the ranks of rewards (N, G) among others, (N, n) or (n,) (rankit, Bliss 1967)."""
+    """Normal quantiles of ranks of rewards (N, G) among others, (N, n) or (n,) (rankit, Bliss 1967)."""
     rewards, ordered = rewards.contiguous(), among.sort(-1).values
     below, up_to = (torch.searchsorted(ordered, rewards, right=right) for right in (False, True))
     scores = torch.special.ndtri((below + up_to).to(rewards.dtype) / (2 * ordered.shape[-1]))
@@ -749,25 +729,23 @@ NEED_GROUPS = ADVANTAGES.keys() - SUM_TO_ONE - {'raw', 'reinforce'}  # always 0 
 
 def advantages(rewards, kind, tau=1., baseline=0., batch=None):
     """Weights (N, G) of rollouts by rewards (N, G): the loss is -sum of weight * log-probability over a
-    group. baseline: of reinforce, a number or (N, 1). batch: the rewards of all processes.
-    """
+    group. baseline: of reinforce, a number or (N, 1). batch: the rewards of all processes."""
     weights = ADVANTAGES[kind](rewards, tau, baseline, rewards if batch is None else batch)
     return weights if kind in SUM_TO_ONE else weights / rewards.shape[1]
 
 
 def concentration(weights):
-    """Of absolute weights (N, G), means over groups: the largest share, and 1 / sum of squared shares."""
+    """Of absolute weights (N, G): the largest share, 1 / sum of squared shares; means over groups."""
     share = weights.abs() / weights.abs().sum(1, keepdim=True).clamp(min=1e-9)
     effective = (1 / share.square().sum(1).clamp(min=1e-9)).clamp(max=weights.shape[1])
     return {'max_weight': share.max(1).values.mean().item(), 'effective_n': effective.mean().item()}
 
 
 def balanced_target(scores, prices, tau, n_steps=10):
-    """Which codes each answer is to be written with: softmax(scores / tau - prices), where the price of a
-    code rises until no more than its share of answers want it. Entropic optimal transport by Sinkhorn's
-    iteration (Cuturi 2013), prices not below 0 as in an auction (Bertsekas 1988). scores: (answers, codes).
-    prices: (codes,), zeros at first. Returns the log of the target, and new prices.
-    """
+    """Which codes each answer is to be written with: softmax(scores / tau - prices), where a code's price
+    rises until no more than its share of answers want it. Sinkhorn's iteration (Cuturi 2013), prices not
+    below 0 as in an auction (Bertsekas 1988). scores: (answers, codes). prices: (codes,), zeros at first.
+    Returns the log of the target, and new prices."""
     n_answers, n_codes = scores.shape
     log_share = math.log(max(1., n_answers / n_codes))
     wanted = scores / tau
@@ -817,7 +795,7 @@ def plain(text):
 
 
 def printable(text):
-    """Text without what could command a terminal, but for our colours."""
+    """Text without what could command a terminal, except colours."""
     return re.sub('(?!\033\\[(0|3[1-6])m)[\0-\x08\x0b-\x1f\x7f-\x9f]', '?', text)
 
 
@@ -829,7 +807,7 @@ def as_html(text):
     return f'<div style="white-space:pre-wrap">{text}</div>'
 
 
-def show_tokens(tokens, config, decode=lambda tokens: map(str, tokens), between=' '):
+def show_tokens(tokens, config, decode, between=' '):
     """Coloured text of tokens. decode: texts of normal ones. With no `between`: <think3,17,40,…>."""
     n_normal, end = getattr(config, 'd_normal_vocab', config.d_vocab), getattr(config, 'end_thought', None)
     tokens = [int(token) for token in tokens]
@@ -843,9 +821,8 @@ def show_tokens(tokens, config, decode=lambda tokens: map(str, tokens), between=
 
 
 def picture(n_panels, title, heights=None):
-    """An empty plotly figure of panels, one below the other, with a second scale on the right."""
-    figure = need('plotly.subplots', 'to draw pictures').make_subplots(
-        n_panels, 1, row_heights=heights, specs=[[{'secondary_y': True}]] * n_panels)
+    """An empty plotly figure of panels, one below the other."""
+    figure = need('plotly.subplots', 'to draw').make_subplots(n_panels, 1, row_heights=heights)
     return figure.update_layout(title=title, width=900, height=800, legend={'orientation': 'h'})
 
 
@@ -854,16 +831,15 @@ def heat_map(figure, panel, counts, x_title, x, y_title, y):
     where = {'row': panel, 'col': 1}
     figure.add_heatmap(z=counts.int().cpu().numpy(), x=x, y=y, colorscale='Blues', showscale=False, **where)
     figure.update_xaxes(title=x_title, type='category', tickangle=90, **where)
-    figure.update_yaxes(title=y_title, type='category', secondary_y=False, **where)
+    figure.update_yaxes(title=y_title, type='category', **where)
 
 
-def curve(figure, panel, run, name, colour, right=False):
-    """Draw a logged number into a panel, on its right scale if asked."""
+def curve(figure, panel, run, name, colour):
+    """Draw a logged number into a panel."""
     log = map(json.loads, (run.folder / 'metrics.jsonl').read_text().splitlines())
     steps, values = zip(*((line['step'], line[name]) for line in log if name in line))
-    title, where = name.replace('_', ' '), {'row': panel, 'col': 1, 'secondary_y': right}
-    figure.add_scatter(x=steps, y=values, name=title, line_color=colour, **where)
-    figure.update_yaxes(title=title, color=colour, rangemode='tozero', showgrid=not right, **where)
+    figure.add_scatter(x=steps, y=values, name=name.replace('_', ' '), line_color=colour, row=panel, col=1)
+    figure.update_yaxes(rangemode='tozero', row=panel, col=1)
 
 
 # ==== Fast paths: they change no result, tests compare each with its slow form ====
@@ -874,10 +850,9 @@ FEW = 8  # keys up to which attention is written out
 
 
 def recorded(function, fuse=False):
-    """Run a function of tensors on a GPU as a CUDA graph: its second call records its kernels, later ones
-    launch them at once. Shapes and other arguments must not change, weights must change in place, the next
-    call overwrites results. fuse: compile @fused functions. On a CPU it is the function itself.
-    """
+    """A function of tensors as a CUDA graph: its second call on a GPU records its kernels, later ones launch
+    them at once. Shapes and other arguments must not change, weights must change in place, the next call
+    overwrites results. fuse: compile @fused functions."""
     graph = given = result = None
 
     def call():
@@ -948,10 +923,10 @@ def attend_to_cache(layer, q, k, v, cache):
     (B, H, _, D), out = q.shape, torch.empty_like(q, memory_format=torch.contiguous_format)
     if not q.stride() == k.stride() == v.stride():
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    launch = {'block': 32, 'num_warps': 1} if B * H > 500 else {'block': 128, 'num_warps': 4}
+    block, num_warps = (32, 1) if B * H > 500 else (128, 4)
     keys, values = cache.kv[layer]
     attend_kernel[(B * H,)](q, k, v, keys, values, out, cache.on_device, keys.shape[2], *q.stride()[:2], H, D,
-                            **launch)
+                            block, num_warps=num_warps)
     return out
 
 
@@ -993,7 +968,7 @@ def think_merged(model, cache, question, choices, noise, stop, temperature, epsi
         one = torch.empty_like(which[:which.max() + 1])
         return which, one.scatter_(0, which, torch.arange(len(which), device=which.device))
 
-    which = torch.zeros_like(question[:, 0])  # (N,) groups
+    which = torch.zeros_like(question[:, 0])
     for column in question.T:
         which, rows = alike(which, column)
     new, alive, written, token = question[rows], torch.ones_like(which, dtype=torch.bool), [], None

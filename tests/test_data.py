@@ -198,7 +198,7 @@ def test_what_is_there_is_not_made_again(prepare, run_data, refused, tmp_path):
 
 def test_two_runs_do_not_write_to_one_folder(refused, tmp_path):
     with FileLock(tmp_path / 'data.part/.lock'):
-        refused('another run', '--dataset=addition', '--n_questions=50', writes=True)
+        refused('could not be acquired', '--dataset=addition', '--n_questions=50', writes=True)
     assert [path.name for path in tmp_path.rglob('*')] == ['data.part', '.lock']
 
 
@@ -265,7 +265,7 @@ def test_bad_input(refused, tmp_path):
     refused('65537 different characters', *text, '--tokenizer=char')
     refused('needs --path', '--dataset=text')
     refused('makes no use of --tokenizer', '--dataset=shakespeare', '--tokenizer=char')
-    refused('leaves no two numbers', '--dataset=addition', '--input_max=10001')
+    refused('too few', '--dataset=addition', '--input_max=10001')
     os.mkfifo(tmp_path / 'pipe')
     refused('no regular one', *text, f'--path={tmp_path}/pipe')
     (tmp_path / 'data.part').write_text('')

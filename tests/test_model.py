@@ -67,7 +67,7 @@ def test_logits_equal_transformers_both_ways(tmp_path, tied):
 def test_what_is_no_gpt2_is_refused_in_one_line(tmp_path):
     transformers.LlamaConfig(hidden_size=32).save_pretrained(tmp_path / 'llama')
     transformers.GPT2Config(activation_function='relu').save_pretrained(tmp_path / 'relu')
-    for folder, message in (('nothing', 'no GPT-2 weights'), ('llama', 'not a GPT-2 but a llama'),
+    for folder, message in (('nothing', 'no GPT-2 weights'), ('llama', 'model_type'),
                             ('relu', 'activation_function')):
         with pytest.raises(ValueError, match=message) as error:
             from_pretrained(str(tmp_path / folder))

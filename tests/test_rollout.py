@@ -135,7 +135,7 @@ def test_models_that_do_not_fit_are_refused(run_here, tmp_path):
     more += [f'--init_from={tmp_path}/a/ckpt.pt']
     for knobs, message in ((['--text_len=9'], 'ckpt.pt reads 15 of 14 tokens, texts have up to 23 of 14'),
                            (['--prefix_len=99999'], 'a smaller --prefix_len'),
-                           ([f'--reference={TEXT.name}/other.pt'], 'no model called model, but other'),
+                           ([f'--reference={TEXT.name}/other.pt'], "no model called model, but ['other']"),
                            ([f'--reference={tmp_path}/none'], 'no GPT-2 weights at'),
                            (['--init_from=scratch', '--text_len=13'], 'judge.pt reads 16 of 14 tokens'),
                            ([f'--init_from={tmp_path}/none'], 'no GPT-2 weights at')):
@@ -226,7 +226,7 @@ def test_problems_resume_bit_for_bit(of_math, run_here, tmp_path, monkeypatch):
     assert_close(weights(tmp_path / 'broken'), weights(tmp_path / 'whole'), atol=0, rtol=0)
     refused(run_here, 'no model of transformers at', f'--init_from={TEXT.name}/judge.pt')
     monkeypatch.undo()
-    refused(run_here, 'is not what the checkpoint', f'--init_from={tmp_path}/whole/ckpt.pt')
+    refused(run_here, 'is not what --init_from=', f'--init_from={tmp_path}/whole/ckpt.pt')
 
 
 def weights(folder):

@@ -110,7 +110,7 @@ def test_two_runs_do_not_share_a_folder(train, refuse, tmp_path, monkeypatch):
     def try_too(self, step, log=utils.Run.log, **numbers):
         if step == 2:
             for more in ('', ' --init_from=resume'):
-                refuse('add_normal', f'--out_dir=a{more}', 'another run is writing to')
+                refuse('add_normal', f'--out_dir=a{more}', 'could not be acquired')
         log(self, step, **numbers)
     monkeypatch.setattr(utils.Run, 'log', try_too)
     train('add_normal')
@@ -548,12 +548,12 @@ BAD = {
         '--n_head=3': 'n_head=3 does not divide', '--d_model=1048576': 'memory',
         '--device=tpu9': '--device=tpu9 must be', '--device=meta': '--device=meta must be',
         '--device=cuda:77': '--device=cuda:77 must be', '--dtype=float8': 'must be one of float32, bfloat16',
-        '--init_from=resume': 'nothing to resume', '--init_from=nowhere.pt': 'no checkpoint to start from'},
+        '--init_from=resume': 'no checkpoint out/', '--init_from=nowhere.pt': 'no checkpoint nowhere.pt'},
     'add_normal': {
-        '--encoding=roman': 'must be one of int, digits', '--input_min=6': 'leaves no two numbers',
+        '--encoding=roman': 'must be one of int, digits', '--input_min=6': 'too few',
         '--heldout=1': 'must be between 0'},
     'add_think_blind': {
-        '--think_len=40': 'min(2^17', '--n_adds=40': 'too many to number',
+        '--think_len=40': 'min(2^17', '--n_adds=40': 'too few or too many',
         '--advantage=ppo': 'must be one of balanced, softmax, best', '--epsilon=1.5': 'must be between 0',
         '--advantage=grpo': 'need rollouts: --search=False', '--epsilon=.1': 'need rollouts: --search=False',
         '--compile=True --search=False': 'steps that are alike',
@@ -562,7 +562,7 @@ BAD = {
         '--split=False --frozen=thinking': '--split=True'},
     'add_think': {
         '--input_max=4': 'products need a prime', '--group_size=1': 'must be at least 2',
-        '--task=sort': 'different numbers needs as many', '--task=s5 --n_letters=121': 'there are 120',
+        '--task=sort': 'needs as many numbers', '--task=s5 --n_letters=121': 'there are 120',
         '--task=sort --input_max=20 --k=11': 'has no number 11', '--task=maze': 'must be one of add, plus',
         '--fixed=False --thoughts=filler': 'have no end to choose',
         '--baseline=batch --advantage=grpo': 'advantage=grpo needs --baseline=group',
@@ -575,12 +575,12 @@ BAD = {
         '--method=sinkhorn --think_len=14 --input_max=99': 'over 2^26: --method=match',
         '--method=reinforce --group_size=1': 'must be at least 2'},
     'supervised_rollout_think': {
-        '--data=nowhere': 'no data in nowhere, see python prepare_data.py', '--group_size=1': 'at least 2',
+        '--data=nowhere': 'no data in nowhere, see prepare_data.py', '--group_size=1': 'at least 2',
         '--text_len=900': 'a smaller --text', '--at_once=2': 'must divide think_len=1',
         '--fixed=False --thought_kind=continuous': 'have no end', '--micro_batch=3': 'does not divide the 8',
         '--thought_kind=continuous --think_len=2 --at_once=2 --d_thought_vocab=6': '--at_once=1',
-        '--reference=nowhere.pt': 'nowhere.pt is not there', '--beta2=2': 'must be between 0',
-        f'--reference={TEXT.name}/other.pt': 'no model called model, but other'},
+        '--reference=nowhere.pt': 'no checkpoint nowhere.pt', '--beta2=2': 'must be between 0',
+        f'--reference={TEXT.name}/other.pt': "no model called model, but ['other']"},
     'rollout_think': {'--group_size=1': 'must be at least 2', '--reference=': 'needs a --reference'}}
 
 

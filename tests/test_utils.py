@@ -39,12 +39,6 @@ def test_no_noise_reaches_an_impossible_token():
         assert ((tokens >= 300) & (tokens < 700)).all()
 
 
-@pytest.mark.parametrize('how', [{'temperature': -1}, {'temperature': 1e-9}, {'epsilon': -1}, {'epsilon': 2}])
-def test_settings_that_define_no_distribution(how):
-    with pytest.raises(ValueError, match='cannot sample'):
-        sample(torch.zeros(1, 3), torch.zeros(1), **how)
-
-
 # ---- balanced targets
 
 def follow(scores, n_calls=300, tau=.1):
@@ -238,7 +232,7 @@ def test_colours_only_on_a_terminal(monkeypatch, capsys):
     coloured = ('\033[34m7\033[0m \033[36m<think0>\033[0m \033[36m<think2>\033[0m '
                 '\033[35m<end_thought>\033[0m \033[34m9\033[0m')
     text = '7 <think0> <think2> <end_thought> 9'
-    assert show_tokens(tokens, CONFIG) == coloured and plain(coloured) == text
+    assert show_tokens(tokens, CONFIG, lambda tokens: map(str, tokens)) == coloured and plain(coloured) == text
     assert as_html(coloured).count('<span') == as_html(coloured).count('</span>') == 6
     assert '<span style="color:cyan">&lt;think2&gt;</span>' in as_html(coloured)
     for terminal, no_color, expected in ((False, '', text), (True, '', coloured), (True, '1', text)):
