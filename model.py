@@ -553,7 +553,7 @@ class GPT2Thinking(GPT2):
             if name in state:
                 old = state[name]
                 noise = wide * torch.randn(n_new, config.d_model, device=old.device)
-                state[name] = torch.cat([old, old.mean(0) + old.std(0) * noise])
+                state[name] = torch.cat([old, old.mean(0) + old.std(0, correction=len(old) > 1) * noise])
         if config.tie_weights:
             state['lm_head.weight'] = state['wte.weight']
         grown.load_state_dict(state)
@@ -677,8 +677,8 @@ def find_model(checkpoint, name='model'):
 
 
 def make_model(config, checkpoint=None, name='model', spread=1.):
-    """A new model of this shape, or the model called name in a checkpoint; a normal one is grown if config
-    is a ThinkingModelConfig. Raises ValueError if there is none of this shape."""
+    """A model of this shape, or the one called name in a checkpoint; a normal one is grown if config is
+    a ThinkingModelConfig. Raises ValueError if there is none."""
     if checkpoint is None:
         return MODELS[type(config).__name__][1](config)
     model = find_model(checkpoint, name)

@@ -204,7 +204,7 @@ else:
     texts = read(Path(path)) if path else [page]
     end = int(sum(map(len, texts)) * (1 if val_path else 1 - val_share))    # where val begins
     texts += read(Path(val_path)) if val_path else []
-    if not 0 < end < (n := sum(map(len, texts))):
+    if not (n := sum(map(len, texts))) > end > 0:
         fail(f'too little text: {end} characters to train on and {n - end} of val')
     cuts = [max(0, end - start) for start in accumulate(map(len, texts), initial=0)]    # in each text
     pieces = ((part, match.start() == 0 and dataset == 'text', match[0]) for text, cut in zip(texts, cuts)
