@@ -34,8 +34,7 @@ import torch
 
 import utils
 from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig, unpack
-from utils import (advantages, fail, git_commit, make_optimizer, need, read_knobs,
-                   recorded, write_atomic)
+from utils import advantages, fail, git_commit, make_optimizer, need, read_knobs, recorded, write_atomic
 
 # ---- knobs ----
 suite = 'learning'              # a suite of assets/suites.toml; forming: the animation; tables: no runs
@@ -61,8 +60,11 @@ starting = threading.Lock()     # one thread at a time runs what others start fr
 def results(suite):
     """What assets/results/<suite>.jsonl holds: {row: its line}."""
     path = ROOT / f'assets/results/{suite}.jsonl'
-    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    return {line['row']: line for line in lines}
+    try:
+        lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+        return {line['row']: line for line in lines}
+    except (ValueError, LookupError, TypeError) as error:
+        fail(f'{path} is damaged: {error}')
 
 
 def keep(suite, row, kind, command, runs):
@@ -71,7 +73,6 @@ def keep(suite, row, kind, command, runs):
             'commit': COMMIT, 'parallel': parallel, 'runs': runs}
     text = ''.join(json.dumps(one) + '\n' for one in (results(suite) | {row: line}).values())
     path = ROOT / f'assets/results/{suite}.jsonl'
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda file: file.write(text.encode()))
     results.cache_clear()
 
@@ -101,7 +102,7 @@ def run(suite, row, seed, folder, *more):
     it = row_of(suite, row)
     device = it['on'] if it['on'] == 'cpu' else f'cuda:{next(turn) % torch.cuda.device_count()}'
     folder = ROOT / f'out/bench/{suite}-{row}/{folder}'
-    done = folder.with_name(f'{folder.name}.done')      # whether it ran to its end
+    done = Path(f'{folder}.done')       # is there if it ran to its end
     done.unlink(missing_ok=True)
     threads = {'OMP_NUM_THREADS': str(max(1, os.cpu_count() // parallel))}      # unless it is set
     command = [sys.executable, f'{it["script"]}.py', *it['knobs'].split(), f'--seed={seed}',
@@ -142,8 +143,7 @@ def learn(suite, row, seed):
 
 def from_log(result, log, batch_size):
     """What tables need of a log: when 99% and all were right; of rollouts, curves of evaluations."""
-    found = {}
-    goal = 'heldout_accuracy' if 'heldout_accuracy' in result else 'accuracy'
+    found, goal = {}, 'heldout_accuracy' if 'heldout_accuracy' in result else 'accuracy'
     for name, least in (('of_99', .99), ('to_all', 1.)):
         first = next((line for line in log if line.get(goal, 0) >= least), {})
         found |= {f'{unit}_{name}': first.get(unit) for unit in ('step', 'seconds')}
@@ -774,7 +774,7 @@ elif suite != 'tables':
 write_pages()
 if pictures:
     Path(pictures).mkdir(parents=True, exist_ok=True)
-    page = gradient_picture().to_html(config={'displayModeBar': False})
-    write_atomic(Path(pictures) / 'gradient.html', lambda file: file.write(page.encode()))
+    page = gradient_picture().to_html(config={'displayModeBar': False}).encode()
+    write_atomic(Path(pictures) / 'gradient.html', lambda file: file.write(page))
 if failed:
     fail('; '.join(dict.fromkeys(failed)))

@@ -677,8 +677,8 @@ def find_model(checkpoint, name='model'):
 
 
 def make_model(config, checkpoint=None, name='model', spread=1.):
-    """A model of this shape, or the one called name in a checkpoint; a normal one is grown if config is
-    a ThinkingModelConfig. Raises ValueError if there is none."""
+    """A model of this shape, or the one called name in a checkpoint; a normal one is grown if config is a
+    ThinkingModelConfig. Raises ValueError."""
     if checkpoint is None:
         return MODELS[type(config).__name__][1](config)
     model = find_model(checkpoint, name)

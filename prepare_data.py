@@ -80,9 +80,10 @@ def write(name, text):
 
 def start_writing():
     """Lock the folder in which the data set is made, and look again. Returns the lock."""
-    held, known = lock(making), {'.lock', 'meta.json', 'meta.json.tmp', *FILES.values()}
-    if strange := [path for path in making.iterdir() if path.name not in known or path.is_symlink()]:
-        fail(f'{strange[0]} is not of this script, pass another --out_dir')
+    held, known = lock(making), {'.lock', 'meta.json', *FILES.values()}
+    for path in making.iterdir():
+        if path.name.removesuffix('.tmp') not in known or path.is_symlink():
+            fail(f'{path} is not of this script, pass another --out_dir')
     if meta := look(folder):    # another run was quicker
         shutil.rmtree(making)
         finish('is there', meta)
@@ -94,9 +95,8 @@ def finish(verb, meta):
     if verb == 'is made':
         write('meta.json', json.dumps(meta, indent=1))
         os.rename(making, folder)
-    counts = {name: meta[name] for name in meta if name.endswith(('_tokens', '_problems', '_vocab'))}
-    changed = {name: knobs[name] for name in knobs.changed if name in made_with}
-    line = {'script': knobs.script, 'changed': changed, **counts, 'seconds': round(time.time() - began, 2)}
+    n = {name: meta[name] for name in meta if name.endswith(('_tokens', '_problems', '_vocab'))}
+    line = {'script': knobs.script, 'changed': knobs.changed, **n, 'seconds': round(time.time() - began, 2)}
     print(f'{folder} {verb}', json.dumps(line), sep='\n')
     raise SystemExit
 

@@ -186,7 +186,7 @@ class World:
         except Exception as error:  # of many kinds
             fail(f'--device={name} must be auto, cpu, cuda, cuda:<number> or mps, and be there: {error}')
         if self.size > 1 and (name == 'mps' or knobs['device'].startswith('cuda:')):
-            fail('several processes need --device=cpu, or cuda without a number')
+            fail('several processes need --device=cpu or cuda')
         if knobs['batch_size'] % self.size:
             fail(f'--batch_size={knobs["batch_size"]} cannot be shared by {self.size} processes')
         kind = self.device.type
@@ -359,13 +359,13 @@ class Run:
                'device': torch.cuda.get_device_name() if on_gpu else 'cpu'}
         if not self.resumed:
             write_atomic(config, lambda file: file.write(json.dumps(now, indent=1).encode()))
-        files = [open(self.folder / name, 'a', buffering=1, encoding='utf-8')
-                 for name in ('metrics.jsonl', 'samples.txt')]
-        self.metrics, self.samples = files
-        for file, length in zip(files, self.resumed['written'] if self.resumed else ()):
-            if file.seek(0, 2) < length:
-                raise ValueError(f'{file.name} is shorter than its checkpoint says')
-            file.truncate(file.seek(length))  # forget what came after the checkpoint
+        self.metrics, self.samples = (open(self.folder / name, 'a', buffering=1, encoding='utf-8')
+                                      for name in ('metrics.jsonl', 'samples.txt'))
+        logs = [*zip((self.metrics, self.samples), self.resumed['written'] if self.resumed else (0, 0))]
+        if any(file.seek(0, 2) < length for file, length in logs):
+            raise ValueError('its logs are shorter than ckpt.pt says')
+        for file, length in logs:
+            file.truncate(file.seek(length))  # forget what came later
         same = {'id': fingerprint(config.read_bytes()), 'resume': 'allow'}  # when it is resumed
         self.wandb = wandb and wandb.init(project='think-tokens', name=self.folder.name, mode=mode,
                                           config=dict(self.knobs), dir=self.folder, **same)
@@ -795,7 +795,7 @@ def plain(text):
 
 
 def printable(text):
-    """Text without what could command a terminal, except colours."""
+    """Text without what commands a terminal, except colours."""
     return re.sub('(?!\033\\[(0|3[1-6])m)[\0-\x08\x0b-\x1f\x7f-\x9f]', '?', text)
 
 
@@ -898,7 +898,7 @@ def attention(q, k, v, mask=None, dropout=0.):
     """F.scaled_dot_product_attention for the last Sq of Sk tokens, fastest. mask: as there; None: causal."""
     n_query, n_key, few = q.shape[2], k.shape[2], k.shape[2] <= FEW
     if n_key == 1 and not dropout:
-        return v  # or its weight would get a gradient of rounding error, which Adam blows up
+        return v  # or its weight had a gradient of rounding error, which Adam blows up
     if mask is None and (few or n_query not in (1, n_key)):
         mask = causal(n_query, n_key, q.device)
     if not few:

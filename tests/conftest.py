@@ -82,7 +82,7 @@ def run_here(monkeypatch, capsys, tmp_path):
     def run_here(script, *arguments):
         monkeypatch.setattr(sys, 'argv', [f'{script}.py', *TINY.get(script, ()), *arguments])
         capsys.readouterr()
-        code = 0
+        code, utils.Run.where = 0, ''
         try:
             runpy.run_path(str(ROOT / f'{script}.py'), run_name='__main__')
         except SystemExit as error:
@@ -94,6 +94,8 @@ def run_here(monkeypatch, capsys, tmp_path):
                 code = end.code
             else:
                 raise
+        if code:
+            gc.collect()  # closes its files
         out, err = capsys.readouterr()
         return code, out, err
     return run_here

@@ -85,7 +85,7 @@ def test_shakespeare_is_split_and_numbered_as_in_nanogpt(prepare, tmp_path, enco
     result, meta, train, val = prepare(f'--path={tmp_path}/input.txt')
     assert characters(meta, train) == text[:9006] and characters(meta, val) == text[9006:]
     assert meta['characters'] == sorted(set(text))
-    assert result['script'] == 'prepare_data' and list(result['changed']) == ['path']
+    assert result['script'] == 'prepare_data' and list(result['changed']) == ['path', 'out_dir']
 
     _, meta, train, val = prepare('--dataset=shakespeare', f'--path={tmp_path}/input.txt')
     assert train.tolist() == encoding.encode_ordinary(text[:9006]) and encoding.decode(val) == text[9006:]
@@ -213,7 +213,7 @@ def test_fineweb_goes_on_where_it_was(prepare, refused, run_data, tmp_path, monk
             yield {'text': f'Document {i} is as long as ' + 'é' * (i % 7), 'id': i}
 
     def load_dataset(*where, **given):
-        assert where == ('HuggingFaceFW/fineweb-edu', 'sample-10BT') and set(given.values()) == {'train', True}
+        assert where == ('HuggingFaceFW/fineweb-edu', 'sample-10BT') and given['split'] == 'train'
         return types.SimpleNamespace(skip=skip)
     monkeypatch.setitem(sys.modules, 'datasets', types.SimpleNamespace(load_dataset=load_dataset))
     arguments, folder = ['--dataset=fineweb_edu', '--n_tokens=60000'], tmp_path / 'data'
@@ -269,7 +269,7 @@ def test_bad_input(refused, tmp_path):
     os.mkfifo(tmp_path / 'pipe')
     refused('no regular one', *text, f'--path={tmp_path}/pipe')
     (tmp_path / 'data.part').write_text('')
-    refused('cannot write to', '--dataset=addition', '--n_questions=9', writes=True)
+    refused('File exists', '--dataset=addition', '--n_questions=9', writes=True)
     (tmp_path / 'data').write_text('')
     refused('Not a directory', '--dataset=problems', '--n_problems=9', writes=True)
 

@@ -1,6 +1,5 @@
 """rollout_think.py: texts with thoughts inside and who judges them; problems and solutions."""
 import json
-import re
 from fractions import Fraction
 
 import pytest

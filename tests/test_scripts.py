@@ -1,4 +1,5 @@
 """The scripts as users run them: with tiny knobs, edited, interrupted, by two processes, with bad input."""
+import contextlib
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -117,12 +119,28 @@ def test_two_runs_do_not_share_a_folder(train, refuse, tmp_path, monkeypatch):
     assert len(metrics(tmp_path / 'a')) == 9
 
 
-def test_folders_that_are_not_of_a_run_are_left_alone(refuse, tmp_path):
-    (tmp_path / 'a').mkdir()
-    (tmp_path / 'a/config.json').write_text('{"model_type": "gpt2"}')
-    for folder in ('a', '.'):
-        refuse('add_normal', f'--out_dir={folder}', 'is not the folder of a run')
-    assert [path.name for path in tmp_path.rglob('*')] == ['a', 'config.json']
+def test_folders_that_are_not_of_a_run_are_left_alone(train, refuse, tmp_path):
+    """Whatever is in them. A link would lead elsewhere."""
+    def contents():
+        return {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    train('add_normal')
+    refuse('add_normal', '--out_dir=.', 'a is not ours')
+    (tmp_path / 'elsewhere').mkdir()
+    (tmp_path / 'elsewhere/file').write_text('mine')
+    for name, content in (('notes', ''), ('config.json', '{"model_type": "gpt2"}'), ('config.json', ''),
+                          ('config.json', '[' * 10**5), ('config.json', None), ('ckpt.pt.tmp', 'file'),
+                          ('metrics.jsonl', 'file'), ('wandb', '.'), ('best.pt', 'file')):
+        shutil.rmtree(tmp_path / 'b', ignore_errors=True)
+        shutil.copytree(tmp_path / 'a', tmp_path / 'b')
+        path = tmp_path / 'b' / name
+        path.unlink(missing_ok=True)
+        if content in ('file', '.'):
+            path.symlink_to(tmp_path / 'elsewhere' / content)
+        elif content is not None:
+            path.write_text(content)
+        before = contents()
+        refuse('add_normal', '--out_dir=b', 'cannot use b')
+        assert contents() == before and not (tmp_path / 'b.1').exists()
 
 
 def test_the_folder_is_named_after_what_was_changed(run_here, train, tmp_path, monkeypatch):
@@ -131,6 +149,9 @@ def test_the_folder_is_named_after_what_was_changed(run_here, train, tmp_path, m
     assert (folder / 'ckpt.pt').exists()
     result_of(run_here('add_normal', '--n_layer=2', '--init_from=resume', '--max_steps=8'))
     assert metrics(folder)[-1]['step'] == 8
+    long = [f'--{knob}={value}' for knob in ('learning_rate', 'weight_decay') for value in ['.' + '1' * 90]]
+    assert len(result_of(run_here('add_normal', *long, '--max_steps=1'))['changed']) > 5
+    assert max(len(path.name) for path in folder.parent.iterdir()) < 150
     # resuming without knobs takes those of the checkpoint, the number of steps as well
     monkeypatch.setattr('conftest.TINY', {})
     result = train('add_normal', '--init_from=resume', folder)
@@ -148,15 +169,19 @@ def test_a_step_as_a_graph_is_the_step(more, train, tmp_path):
     assert len(slow) == 6 and slow == pytest.approx(fast, abs=1e-4)
 
 
-def test_wandb_offline(tmp_path):
-    pytest.importorskip('wandb')
-    run('rollout_think', f'--out_dir={tmp_path}/a', '--wandb_mode=offline', env={'WANDB_SILENT': 'true'})
-    folder, = (tmp_path / 'a/wandb').glob('offline-run-*')
-    assert list(folder.glob('*.wandb'))
-    tables = [path.read_text() for path in (folder / 'files/media/html').glob('samples_*.html')]
-    assert len(tables) == 3 and all(table.count('<tr>') == 3 for table in tables)
-    assert all('<span style="color:blue">' in table for table in tables)
-    assert any('<span style="color:cyan">&lt;think' in table for table in tables)
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_wandb_offline(script, train, tmp_path, monkeypatch):
+    wandb = pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    train(script, '--wandb_mode=offline --max_steps=2')
+    if script == 'add_normal':
+        train(script, '--wandb_mode=offline --init_from=resume')
+        assert len({path.name.split('-')[3] for path in (tmp_path / 'a/wandb').glob('offline-run-*')}) == 1
+        # a checkpoint that somebody else wrote does not turn it on
+        result = train(script, '--init_from=resume --max_steps=8')
+        assert result['steps'] == 8 and 'wandb_mode' not in result['changed']
+    wandb.teardown()  # or it would go on writing there
+    assert list((tmp_path / 'a/wandb').glob('offline-run-*/*.wandb'))
 
 
 def test_the_progress_bar_is_closed_when_training_ends_early(train, monkeypatch):
@@ -188,6 +213,8 @@ def test_pictures(train, tmp_path, monkeypatch):
     logged = [line['bits'] for line in metrics(tmp_path / 'add_think_blind') if 'bits' in line]
     assert logged == list(bits.y)
     train('add_think_blind', '--fixed=False --think_len=2 --d_thought_vocab=1 --plot=True')
+    monkeypatch.delattr(go.Figure, 'to_html')  # a picture that fails does not cost the last line
+    assert train('add_think_blind', '--plot=True')['steps'] == 6
     assert set(drawn[-1].data[0].x) <= {'', '0', '0 0'}  # none, one or two thoughts
 
 
@@ -579,7 +606,7 @@ BAD = {
         '--text_len=900': 'a smaller --text', '--at_once=2': 'must divide think_len=1',
         '--fixed=False --thought_kind=continuous': 'have no end', '--micro_batch=3': 'does not divide the 8',
         '--thought_kind=continuous --think_len=2 --at_once=2 --d_thought_vocab=6': '--at_once=1',
-        '--reference=nowhere.pt': 'no checkpoint nowhere.pt', '--beta2=2': 'must be between 0',
+        '--reference=nowhere.pt': 'no checkpoint nowhere.pt', '--beta2=1': 'must be between 0',
         f'--reference={TEXT.name}/other.pt': "no model called model, but ['other']"},
     'rollout_think': {'--group_size=1': 'must be at least 2', '--reference=': 'needs a --reference'}}
 
@@ -593,14 +620,52 @@ def test_bad_input(script, refuse, run_here, tmp_path):
     assert code == 0 and '\nbatch_size = ' in out and f'python {script}.py' in out
 
 
+CHANGES = {  # of a checkpoint: what cannot be resumed then
+    'a type': {'step': '3', 'best': [], 'seconds': None, 'written': 7, 'knobs': [], 'models': 1, 'text': '',
+               'generator': 0, 'optimizers': {}, 'depth': 1},
+    'a shape': {'generator': torch.zeros(3), 'optimizers': [], 'frequency': torch.zeros(2, 2), 'models': {},
+                'depth': torch.tensor(1.), 'written': [0, 10**9], 'script': 'add_normal'}}
+
+
+@pytest.mark.parametrize('kind', list(CHANGES))
+def test_checkpoints_are_not_trusted(kind, train, refuse, tmp_path):
+    def refused(message, **changes):
+        torch.save(good | changes, tmp_path / 'a/ckpt.pt')
+        refuse('add_think', '--out_dir=a --init_from=resume', message)
+    train('add_think')
+    good = checkpoint()
+    for name, value in CHANGES[kind].items():
+        refused('', **{name: value})
+    for knob, value in (('batch_size', 'x'), ('n_layer', 1.5), ('group_size', 10**9), ('task', 'no'),
+                        ('wandb_mode', 7), ('seed', torch.zeros(2))):
+        if knob != 'wandb_mode':  # which is the user's
+            refused(f'--{knob}=', knobs=good['knobs'] | {knob: value})
+    optimizer = checkpoint()['optimizers'][0]
+    optimizer['state'][0]['exp_avg'] = torch.zeros(1)  # a fused kernel would write behind it
+    refused('does not fit', optimizers=[optimizer])
+    model = checkpoint()['models']['model']
+    for change in ({'n_layer': 10**9}, {'d_model': 2**20}, {'init': 7}):
+        refused('no model of this version', models={'model': model | {'config': model['config'] | change}})
+    model['state']['wte.weight'][0] = math.nan
+    refused('not finite', models={'model': model})
+    torch.save(good, tmp_path / 'a/ckpt.pt')
+    train('add_think', '--init_from=resume')
+
+
 def test_bad_checkpoints(train, refuse, tmp_path):
     train('add_normal')
     path, lines, resume = tmp_path / 'a/ckpt.pt', metrics(tmp_path / 'a'), '--out_dir=a --init_from=resume'
-    good = path.read_bytes()
-    path.write_bytes(good[:len(good) // 2])
-    refuse('add_normal', resume, 'damaged or no checkpoint')
+    good, packed = path.read_bytes(), zipfile.ZipFile(tmp_path / 'packed.pt', 'w', zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(path) as archive, packed:
+        for name in archive.namelist():
+            packed.writestr(name, bytes(10**8) if name.endswith('data/0') else archive.read(name))
+    flipped = bytearray(good)
+    flipped[good.index(checkpoint()['models']['model']['state']['wte.weight'].numpy().tobytes())] ^= 1
+    for damaged in (good[:len(good) // 2], bytes(flipped), (tmp_path / 'packed.pt').read_bytes()):
+        path.write_bytes(damaged)
+        refuse('add_normal', resume, 'damaged or no checkpoint')
     torch.save([1, 2], path)
-    refuse('add_normal', resume, 'no checkpoint of these scripts')
+    refuse('add_normal', resume, 'no checkpoint of ours')
     path.write_bytes(good)
     refuse('add_normal', f'{resume} --n_layer=2', 'cannot be changed when going on')
     refuse('add_think_blind', resume, 'is from add_normal.py')
@@ -608,12 +673,75 @@ def test_bad_checkpoints(train, refuse, tmp_path):
     refuse('add_think_blind', '--init_from=a/ckpt.pt', 'no model called thinking')
     train('add_normal', '--init_from=resume')  # and nothing was damaged
     assert metrics(tmp_path / 'a') == lines
+    os.truncate(tmp_path / 'a/metrics.jsonl', 9)
+    refuse('add_normal', resume, 'its logs are shorter')
+
+
+def test_a_diverged_run_keeps_its_good_checkpoint(train, refuse):
+    diverges = '--learning_rate=1e9 --weight_decay=1e9 --log_every=100 --max_steps=10 --eval_every='
+    refuse('add_normal', f'--out_dir=a {diverges}1', 'diverged, a smaller learning_rate may help; a/ckpt.pt')
+    refuse('add_normal', f'--out_dir=b {diverges}99', 'a weight is not finite at step 10')
+    for folder, file in itertools.product('ab', ('ckpt.pt', 'best.pt')):
+        for packed in checkpoint(folder, file)['models'].values():
+            assert all(x.isfinite().all() for x in packed['state'].values())
+
+
+@pytest.mark.parametrize('error, line', [
+    (KeyboardInterrupt(), 'stopped; a/ckpt.pt is whole'), (BrokenPipeError(), ''),
+    (OSError(28, 'No space left on device', 'a/x'), 'a/x: No space left on device; a/ckpt.pt is whole'),
+    (MemoryError('Unable to allocate'), 'not enough memory'), (RuntimeError('out of memory'), 'not enough'),
+    (type('NoCompiler', (Exception,), {'__module__': 'torch._inductor.exc'})('g++'), 'cannot compile: g++'),
+    (ZeroDivisionError(), 'Traceback'), (ValueError('of a library'), 'Traceback')])
+def test_what_is_no_bug_is_one_line(error, line, monkeypatch, capfd):
+    monkeypatch.setattr(utils.Run, 'where', '; a/ckpt.pt is whole')
+    monkeypatch.setattr(os, 'dup2', print)  # would close stdout
+    with pytest.raises(SystemExit) if line != 'Traceback' else contextlib.nullcontext():
+        try:
+            raise error
+        except BaseException as raised:
+            utils.excepthook(type(raised), raised, raised.__traceback__)
+    err = capfd.readouterr().err
+    assert line in err and (line == 'Traceback' or err.count('\n') == (line != ''))
+
+
+def test_a_full_disk(train, refuse, tmp_path, monkeypatch):
+    train('add_normal')
+    good = (tmp_path / 'a/ckpt.pt').read_bytes()
+
+    def full(fd):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    refuse('add_normal', '--out_dir=a --init_from=resume --max_steps=9', 'No space left on device')
+    assert (tmp_path / 'a/ckpt.pt').read_bytes() == good and not [*(tmp_path / 'a').glob('*.tmp')]
+
+
+@pytest.mark.parametrize('script', ['supervised_rollout_think', 'rollout_think'])
+def test_text_is_not_trusted(script, train, refuse, tmp_path):
+    folder, meta = tmp_path / 'text', json.loads(Path(TEXT.name, 'meta.json').read_text())
+    shutil.copytree(TEXT.name, folder)
+    train(script, f'--data={folder}')
+    for change in ({'d_vocab': '14'}, {'d_vocab': 9}, {'characters': None}, {'characters': ['a'] * 14},
+                   {'tokenizer': 'bert'}, {'tokenizer': []}, {'tokenizer': 'gpt2'}):
+        (folder / 'meta.json').write_text(json.dumps(meta | change))
+        refuse(script, f'--data={folder}', 'no data in')
+    (folder / 'meta.json').write_text(json.dumps(meta | {'characters': meta['characters'][::-1]}))
+    for other in ('--init_from=a/ckpt.pt', f'--reference={TEXT.name}/judge.pt'):  # of the same number
+        refuse(script, f'--data={folder} {other}', 'text' if 'ref' in other else 'is not what --init_from')
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    tokens = bytearray((folder / 'train.bin').read_bytes())
+    for token, message in ((3 - tokens[0] % 2, 'is not what --init_from=resume'), (14, 'no data in')):
+        tokens[0] = token
+        (folder / 'train.bin').write_bytes(tokens)
+        refuse(script, f'--data={folder} --out_dir=a --init_from=resume', message)
 
 
 def test_what_is_found_to_be_bad_later(refuse, tmp_path, monkeypatch):
     refuse('add_normal', '--learning_rate=1e9 --max_steps=100', 'training diverged')
     (tmp_path / 'file').touch()
-    refuse('add_normal', '--out_dir=file/a', 'Not a directory')
+    (tmp_path / 'loop').symlink_to('loop')
+    for folder, message in (('file/a', 'Not a directory'), ('loop/a', 'symbolic links'),
+                            ('x' * 300, 'name too long'), ('/proc/a', 'No such file')):
+        refuse('add_normal', f'--out_dir={folder}', message)
     for package, knob in (('wandb', '--wandb_mode=offline'), ('plotly', '--plot=True')):
         monkeypatch.setitem(sys.modules, package, None)
         refuse('add_think_blind', f'--out_dir=b {knob}', f'pip install {package}')

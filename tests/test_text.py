@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from conftest import TEXT, metrics, result_of
 
-import utils
 from model import GPT2, ModelConfig, unpack
 
 SCRIPT = 'supervised_rollout_think'

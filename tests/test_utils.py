@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -232,8 +233,9 @@ def test_colours_only_on_a_terminal(monkeypatch, capsys):
     coloured = ('\033[34m7\033[0m \033[36m<think0>\033[0m \033[36m<think2>\033[0m '
                 '\033[35m<end_thought>\033[0m \033[34m9\033[0m')
     text = '7 <think0> <think2> <end_thought> 9'
-    assert show_tokens(tokens, CONFIG, lambda tokens: map(str, tokens)) == coloured and plain(coloured) == text
-    assert as_html(coloured).count('<span') == as_html(coloured).count('</span>') == 6
+    assert show_tokens(tokens, CONFIG, partial(map, str)) == coloured and plain(coloured) == text
+    assert as_html(coloured).count('<span') == as_html(coloured).count('</span>') == 5
+    assert utils.printable(f'{coloured}\n\033]0;title\a\033[2J\r') == f'{coloured}\n?]0;title??[2J?'
     assert '<span style="color:cyan">&lt;think2&gt;</span>' in as_html(coloured)
     for terminal, no_color, expected in ((False, '', text), (True, '', coloured), (True, '1', text)):
         monkeypatch.setenv('NO_COLOR', no_color)
