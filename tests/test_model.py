@@ -396,18 +396,3 @@ def test_gradients_pass_through_thoughts_only_where_they_are_asked_to():
     straight, token = (model.think_everywhere(tokens, noise, thought_kind=kind)[-1]
                        for kind in ('straight_through', 'token'))
     torch.testing.assert_close(straight, token, atol=1e-5, rtol=0)
-
-
-def test_a_gate_starts_at_what_is_known_without_thoughts():
-    torch.manual_seed(0)
-    normal = GPT2(ModelConfig(d_vocab=11, block_size=9, n_layer=2, n_head=2, d_model=16))
-    tokens, noise, states = torch.randint(11, (3, 9)), torch.rand(3, 9, 3), {}
-    for gate in (0., 1., None):
-        torch.manual_seed(1)
-        model = GPT2Thinking.from_normal(normal, 5, gate=gate, block_size=12)
-        *_, plain, states[gate] = model.think_everywhere(tokens, noise)
-        torch.testing.assert_close(plain, normal.hidden(tokens), atol=1e-5, rtol=0)
-    assert torch.equal(states[0.], plain)
-    torch.testing.assert_close(states[1.], plain + states[None])
-    with pytest.raises(ValueError, match='9 tokens and 4 thoughts are more than block_size=12'):
-        model.think_everywhere(tokens, torch.rand(3, 9, 4))

@@ -1,5 +1,6 @@
 """rollout_think.py: texts with thoughts inside and who judges them; problems and solutions."""
 import json
+import shutil
 from fractions import Fraction
 
 import pytest
@@ -290,3 +291,17 @@ def test_a_chat_template_is_used(of_math, script):
     first, solved, second, again = names['TURNS']
     shown = f'user{first}assistant{solved}user{second}assistant{again}user'
     assert ids[0].tolist() == names['tokenizer'](shown + '00?')['input_ids']
+
+
+def test_a_model_cannot_run_code(of_math, run_here, solver, tmp_path, monkeypatch):
+    shutil.copytree(solver / 'llama', tmp_path / 'llama')
+    config = json.loads((tmp_path / 'llama/config.json').read_text())
+    kinds = 'AutoConfig', 'AutoModelForCausalLM'
+    config |= {'model_type': 'odd', 'auto_map': dict.fromkeys(kinds, 'code.Odd')}
+    (tmp_path / 'llama/config.json').write_text(json.dumps(config))
+    (tmp_path / 'llama/code.py').write_text(f'open("{tmp_path}/harm", "w")')
+    monkeypatch.setattr('builtins.input', lambda *_: 'y')
+    refused(run_here, 'no model of transformers', f'--init_from={tmp_path}/llama')
+    monkeypatch.undo()
+    refused(run_here, 'no GPT-2 weights', f'--init_from={tmp_path}/llama')
+    assert not (tmp_path / 'harm').exists()

@@ -184,16 +184,6 @@ def test_wandb_offline(script, train, tmp_path, monkeypatch):
     assert list((tmp_path / 'a/wandb').glob('offline-run-*/*.wandb'))
 
 
-def test_the_progress_bar_is_closed_when_training_ends_early(train, monkeypatch):
-    def finish(self, finish=utils.Run.finish, **result):
-        finish(self, **result, closed=self.bar.disable)  # what a closed bar is
-    monkeypatch.setattr(utils.Run, 'finish', finish)
-    monkeypatch.setattr(utils, 'tqdm', lambda *steps, disable, tqdm=utils.tqdm, **how: tqdm(*steps, **how))
-    monkeypatch.setattr(utils.Run, 'print', print)
-    result = train('add_think', '--k=1 --enough=0')
-    assert result['steps'] == 0 and result['closed']
-
-
 def test_pictures(train, tmp_path, monkeypatch):
     go, drawn = pytest.importorskip('plotly.graph_objects'), []
 
@@ -506,23 +496,28 @@ def test_killed_and_resumed_at_full_size_with_two_threads(tmp_path):
     assert_same_runs(tmp_path / 'killed', tmp_path / 'whole')
 
 
+def test_stopped_by_a_signal(tmp_path):
+    process = start('add_normal', f'--out_dir={tmp_path}/a', '--max_steps=100000')
+    while process.poll() is None and not (tmp_path / 'a/ckpt.pt').exists():
+        time.sleep(.01)
+    process.terminate()
+    _, err = process.communicate()
+    assert process.returncode == 2 and err.count('\n') == 1
+    assert 'stopped; ' in err and '--init_from=resume goes on' in err
+
+
+def test_as_people_run_it():
+    """Into `head`, and on Windows, which has no fcntl and resource."""
+    windows = '-W ignore -c "import sys; sys.modules.update(fcntl=None, resource=None); import utils"'
+    for command in ('add_normal.py --help | true', windows):
+        ran = subprocess.run(f'{sys.executable} {command}', shell=True, cwd=ROOT, stderr=subprocess.PIPE)
+        assert (ran.returncode, ran.stderr) == (0, b'')
+
+
 def test_the_clock_goes_on_when_resumed(train):
     steps = train('add_normal', '--max_steps=100000 --max_seconds=.5')['steps']
     result = train('add_normal', '--init_from=resume')
     assert 0 < steps == result['steps'] and .5 < result['seconds']  # its time was over
-
-
-def test_a_checkpoint_survives_a_write_that_breaks(train, tmp_path, monkeypatch):
-    train('add_normal')
-    good = (tmp_path / 'a/ckpt.pt').read_bytes()
-
-    def breaks(checkpoint, file):
-        file.write(good[:99])
-        raise KeyboardInterrupt
-    monkeypatch.setattr(torch, 'save', breaks)
-    with pytest.raises(KeyboardInterrupt):
-        train('add_normal', '--init_from=resume --max_steps=9')
-    assert (tmp_path / 'a/ckpt.pt').read_bytes() == good and not [*(tmp_path / 'a').glob('*.tmp')]
 
 
 SEVERAL_RUNS = """
@@ -560,6 +555,34 @@ def test_two_processes_equal_one(scripts, train, tmp_path):
             for (name, p), q in zip(one.named_parameters(), two.parameters()):
                 torch.testing.assert_close(q, p, atol=1e-5, rtol=0, msg=f'{script} {more}: {name}')
         assert json.loads((tmp_path / f'two{i}/config.json').read_text())['processes'] == 2
+        assert_alike(tmp_path / f'one{i}', tmp_path / f'two{i}')
+
+
+def assert_alike(*folders):
+    """Metrics of two runs, by one process and by several, are equal up to rounding."""
+    for one, two in zip(*map(metrics, folders), strict=True):
+        for name in one.keys() - {'chosen_codes', 'distinct_thoughts'}:  # a process counts its own
+            assert two[name] == pytest.approx(one[name], abs=1e-3), name
+
+
+DIES = """
+import os, runpy, signal, sys, utils
+def dies(self, step, log=utils.Run.log, **numbers):
+    if step == 4 and self.world.rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        os.kill(os.getpid(), signal.SIGKILL)
+    log(self, step, **numbers)
+utils.Run.log, sys.argv = dies, sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def test_a_killed_worker_is_started_again_and_goes_on(train, tmp_path):
+    (tmp_path / 'dies.py').write_text(DIES)
+    two = start('add_normal', f'--out_dir={tmp_path}/two', '--init_from=auto', env={'PYTHONPATH': str(ROOT)},
+                launcher=(*TORCHRUN, '--max-restarts=1', tmp_path / 'dies.py'))
+    train('add_normal', '--init_from=auto', 'one')
+    assert two.wait(timeout=300) == 0, two.stderr.read()
+    assert_alike(tmp_path / 'one', tmp_path / 'two')
 
 
 # ---- bad input
@@ -567,11 +590,9 @@ def test_two_processes_equal_one(scripts, train, tmp_path):
 BAD = {
     'of every script': {
         '--d_modle=32': 'nearest is --d_model', 'd_model=32': 'not of the form --name=value',
-        '--eval_only': 'not of the form --name=value', '--eval_only=yes': 'must be True or False',
-        '--max_steps=many': 'must be an integer', '--max_steps=2.5': 'must be an integer',
-        '--max_steps=0': 'must be between 1', '--batch_size=0': 'must be between 1',
-        '--learning_rate=nan': 'must be between 0', '--learning_rate=-1': 'must be between 0',
-        '--learning_rate=fast': 'must be a number', '--seed=99999999999999999999': 'must be between 0',
+        '--eval_only=yes': 'must be True or False', '--max_steps=2.5': 'must be an integer',
+        '--max_steps=0': 'must be between 1', '--learning_rate=nan': 'must be between 0',
+        '--seed=99999999999999999999': 'must be between 0', '--out_dir=\a': 'cannot be printed',
         '--n_head=3': 'n_head=3 does not divide', '--d_model=1048576': 'memory',
         '--device=tpu9': '--device=tpu9 must be', '--device=meta': '--device=meta must be',
         '--device=cuda:77': '--device=cuda:77 must be', '--dtype=float8': 'must be one of float32, bfloat16',
@@ -620,26 +641,21 @@ def test_bad_input(script, refuse, run_here, tmp_path):
     assert code == 0 and '\nbatch_size = ' in out and f'python {script}.py' in out
 
 
-CHANGES = {  # of a checkpoint: what cannot be resumed then
-    'a type': {'step': '3', 'best': [], 'seconds': None, 'written': 7, 'knobs': [], 'models': 1, 'text': '',
-               'generator': 0, 'optimizers': {}, 'depth': 1},
-    'a shape': {'generator': torch.zeros(3), 'optimizers': [], 'frequency': torch.zeros(2, 2), 'models': {},
-                'depth': torch.tensor(1.), 'written': [0, 10**9], 'script': 'add_normal'}}
+CHANGES = {  # of a checkpoint, which then cannot be resumed
+    'step': '3', 'best': [], 'seconds': None, 'written': [0, 10**9], 'knobs': [], 'models': {}, 'text': '',
+    'generator': torch.zeros(3), 'optimizers': [], 'depth': 1, 'frequency': torch.zeros(2, 2)}
 
 
-@pytest.mark.parametrize('kind', list(CHANGES))
-def test_checkpoints_are_not_trusted(kind, train, refuse, tmp_path):
+def test_checkpoints_are_not_trusted(train, refuse, tmp_path):
     def refused(message, **changes):
         torch.save(good | changes, tmp_path / 'a/ckpt.pt')
         refuse('add_think', '--out_dir=a --init_from=resume', message)
     train('add_think')
     good = checkpoint()
-    for name, value in CHANGES[kind].items():
+    for name, value in CHANGES.items():
         refused('', **{name: value})
-    for knob, value in (('batch_size', 'x'), ('n_layer', 1.5), ('group_size', 10**9), ('task', 'no'),
-                        ('wandb_mode', 7), ('seed', torch.zeros(2))):
-        if knob != 'wandb_mode':  # which is the user's
-            refused(f'--{knob}=', knobs=good['knobs'] | {knob: value})
+    for knob, value in {'batch_size': 'x', 'n_layer': 1.5, 'group_size': 10**9, 'task': 'no'}.items():
+        refused(f'--{knob}=', knobs=good['knobs'] | {knob: value})
     optimizer = checkpoint()['optimizers'][0]
     optimizer['state'][0]['exp_avg'] = torch.zeros(1)  # a fused kernel would write behind it
     refused('does not fit', optimizers=[optimizer])

@@ -1,5 +1,4 @@
 """supervised_rollout_think.py: ordinary training without thoughts, and what thoughts are paid with them."""
-import json
 import math
 import shutil
 
@@ -87,20 +86,6 @@ def test_a_model_that_is_grown_begins_at_the_loss_it_had(train):
     assert [*result['ablation']] == ['own', 'shuffled', 'random', 'constant', 'none']
 
 
-def test_the_last_position_alone_loses_what_it_loses_among_all(script):
-    names = script('--gate=none', '--think_len=2')
-    x, y = names['cut'](names['train_set'][:8])
-    noise = torch.rand(16, 8, 2)
-    tokens, log_pi, entropy, _, states = names['think'](x, noise)
-    every = names['loss_at'](states, y.repeat_interleave(2, dim=0))
-    alone = names['model'].think(x, 2, n_rollouts=2, noise=noise[:, -1]).tokens
-    assert torch.equal(alone, tokens[:, -1])
-    *chosen, logits = names['model'].think_and_answer(x.repeat_interleave(2, dim=0), alone)
-    torch.testing.assert_close(chosen, [log_pi[:, -1], entropy[:, -1]], atol=1e-5, rtol=0)
-    loss = F.cross_entropy(logits, y[:, -1].repeat_interleave(2), reduction='none')
-    torch.testing.assert_close(loss, every[:, -1], atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize('baseline', ['group', 'no_think'])
 def test_thoughts_are_paid_more_than_the_baseline_or_less(baseline, script):
     names = script('--think_len=2', '--gate=none', '--policy_weight=3', '--group_size=3', '--readers=later',
@@ -130,12 +115,3 @@ def test_samples_go_on_from_the_end_of_a_short_val(train, tmp_path):
         samples = (train(f'--data={tmp_path}', *more)[0] / 'samples.txt').read_text()
         assert samples.startswith('efghijkl | ') and ('<think' in samples) == ('--think_len=3' in more)
         assert '<end_thought>' not in samples and '><' not in samples
-
-
-def test_mfu_counts_what_nanogpt_counts_for_every_pass(train):
-    assert 'mfu' not in (train()[0] / 'metrics.jsonl').read_text()  # in float32
-    folder, _ = train('--think_len=2', '--dtype=bfloat16')
-    line = next(json.loads(line) for line in open(folder / 'metrics.jsonl') if 'mfu' in line)
-    n = sum(p.numel() for p in load(folder).parameters()) - 10 * 16  # without positions
-    flops = (1 + 4 * 2) * (6 * n + 12 * 16 * 8)  # of the text, and of two thoughts of four rollouts
-    assert line['mfu'] == pytest.approx(line['tokens_per_second'] * flops / 989e12)

@@ -13,8 +13,7 @@ import torch
 import utils
 from model import GPT2Thinking, ThinkingModelConfig
 from utils import (ADVANTAGES, NEED_GROUPS, SUM_TO_ONE, Run, SerialTask, ablations, addition_questions,
-                   advantages, as_html, balanced_target, concentration, judge, plain,
-                   sample, schedule, show_tokens)
+                   advantages, as_html, balanced_target, judge, plain, sample, schedule, show_tokens)
 
 # normal tokens 0..9, thoughts 10..59, end_thought 60
 CONFIG = ThinkingModelConfig(0, 8, n_layer=1, n_head=1, d_model=4, d_normal_vocab=10, d_thought_vocab=50)
@@ -118,12 +117,6 @@ def test_rewards_that_are_alike_few_or_infinite(kind):
     elif not kind.startswith(('quantile', 'softmax')):
         assert weights[1].tolist() == weights[3].tolist() == [0] * 4  # nothing is known of these groups
     assert advantages(torch.tensor([[math.nan, 1., 2.]]), kind).isnan().any() or kind == 'best'
-
-
-def test_concentration():
-    found = concentration(torch.tensor([[1., -1., 0., 0.], [0., 4., 0., 0.]]))
-    assert found == {'max_weight': .75, 'effective_n': 1.5}
-    assert concentration(torch.zeros(1, 4)) == {'max_weight': 0, 'effective_n': 4}
 
 
 # ---- tasks
