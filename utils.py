@@ -192,8 +192,11 @@ class World:
         kind = self.device.type
         if kind == 'cuda':
             torch.cuda.set_device(self.device)
-        if self.size > 1:
-            dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+        if self.size > 1:  # a restart must not meet in the same place, where addresses of the dead are left
+            place = os.environ.get('TORCHELASTIC_RESTART_COUNT', '')
+            store = dist.PrefixStore(place, next(dist.rendezvous('env://'))[0])
+            backend = 'nccl' if kind == 'cuda' else 'gloo'
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=knobs.get('dtype') == 'bfloat16')
         if kind == 'cpu':  # the same bits every time, or a resumed run would differ
             os.environ.setdefault('MKL_CBWR', 'AUTO,STRICT')  # MKL may not vary its code,
