@@ -192,11 +192,11 @@ class World:
         kind = self.device.type
         if kind == 'cuda':
             torch.cuda.set_device(self.device)
-        if self.size > 1:  # a restart must not meet in the same place, where addresses of the dead are left
+        if self.size > 1:  # each restart meets elsewhere: addresses of the dead are left
             place = os.environ.get('TORCHELASTIC_RESTART_COUNT', '')
             store = dist.PrefixStore(place, next(dist.rendezvous('env://'))[0])
-            backend = 'nccl' if kind == 'cuda' else 'gloo'
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
+            dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', store=store, rank=self.rank,
+                                    world_size=self.size)
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=knobs.get('dtype') == 'bfloat16')
         if kind == 'cpu':  # the same bits every time, or a resumed run would differ
             os.environ.setdefault('MKL_CBWR', 'AUTO,STRICT')  # MKL may not vary its code,
@@ -234,7 +234,7 @@ class World:
             torch.nn.utils.vector_to_parameters(flat / self.size, grads)
 
     def peak_memory_mb(self):
-        """The most memory used so far, of the GPU if there is one."""
+        """The most memory used so far, on a GPU the GPU's."""
         if self.device.type == 'cuda':
             return round(torch.cuda.max_memory_allocated() / 2**20)
         with suppress(ImportError):  # on Windows
@@ -261,7 +261,7 @@ def write_atomic(path, write):
 
 
 def lock(folder):
-    """Make a folder, which only one program at a time may write to. Returns the lock. Raises OSError."""
+    """Make a folder, lock it, so that one program at a time writes to it, and return the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / '.lock', timeout=0)
     lock.acquire()
@@ -316,7 +316,7 @@ class Run:
             fail(f'cannot use {self.folder} (--out_dir): {error}')
 
     def resume(self):
-        """Go on where the checkpoint was written. Raises many kinds of errors if it does not fit."""
+        """Go on where the checkpoint was written. Raises many kinds of errors."""
         old = self.resumed
         self.start, self.best, self.first_step = self.start - old['seconds'], old['best'], old['step']
         for optimizer, saved in zip(self.optimizers, old['optimizers'], strict=True):
@@ -374,7 +374,7 @@ class Run:
                                           config=dict(self.knobs), dir=self.folder, **same)
 
     def seconds(self):
-        """Seconds of this run, before it was resumed too."""
+        """Seconds of this run, also before it was resumed."""
         return time.time() - self.start
 
     def steps(self, last):
@@ -392,18 +392,18 @@ class Run:
                 yield step
 
     def print(self, text):
-        """Print above the progress bar, in colour on a terminal without NO_COLOR."""
+        """Print above the progress bar; coloured on a terminal without NO_COLOR."""
         if self.world.main:
-            text = printable(text)
             tqdm.write(text if sys.stdout.isatty() and not os.environ.get('NO_COLOR') else plain(text))
 
     def sample(self, text, right=None):
         """Print coloured text, with a tick or a cross, and keep it."""
+        text = printable(text)
         if right is not None:
             text += ' ' + (paint('✓', 'green') if right else paint('✗', 'red'))
         self.print(text)
         if self.writes:
-            self.samples.write(plain(printable(text)) + '\n')
+            self.samples.write(plain(text) + '\n')
 
     def show(self, config, questions, thoughts, answers, right, names=None):
         """Show three questions (n, S), thoughts (n, T) and answers (n,). names: of normal tokens."""
@@ -415,7 +415,7 @@ class Run:
             self.sample(text, right=answer == truth)
 
     def log(self, step, **numbers):
-        """Write a line of metrics.jsonl, of means over processes. Only times and speeds vary between runs."""
+        """Write a line of metrics.jsonl: means over processes."""
         if self.world.size > 1:
             mean = torch.tensor(list(numbers.values()), dtype=torch.double, device=self.world.device)
             dist.all_reduce(mean)
@@ -464,7 +464,7 @@ class Run:
             self.save(step, models, 'best.pt', **state)
 
     def draw(self, name, page):
-        """Write the HTML that page() returns; if that fails, the run still ends well."""
+        """Write the HTML that page() returns. If that fails, the run goes on."""
         try:
             if self.writes:
                 write_atomic(self.folder / name, lambda file: file.write(page().encode()))
@@ -491,7 +491,7 @@ class Run:
 
 
 def git_commit():
-    """This checkout's commit, + if files differ; None outside one."""
+    """This checkout's commit, + if files differ; or None."""
     command = 'git describe --always --abbrev=40 --exclude=* --dirty=+'.split()
     with suppress(OSError):  # where there is no git
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -501,7 +501,7 @@ def git_commit():
 # ---- tasks ----
 
 def digits(numbers, width, base=10):
-    """The digits (n, width) of numbers (n,), most significant first, padded with zeros."""
+    """Digits (n, width) of numbers (n,), most significant first, with zeros."""
     return numbers[:, None] // base ** torch.arange(width - 1, -1, -1, device=numbers.device) % base
 
 
@@ -624,7 +624,7 @@ def load_text(folder, knobs):
     def decode(tokens):
         if characters:
             return [characters[token] for token in tokens]
-        utf8 = codecs.getincrementaldecoder('utf-8')('replace')  # a character's last token has it
+        utf8 = codecs.getincrementaldecoder('utf-8')('replace')
         return [utf8.decode(encoding.decode_single_token_bytes(token)) for token in tokens]
     return train, val, d_vocab, decode
 
@@ -676,8 +676,8 @@ def sample(logits, noise, temperature=1., epsilon=0., bias=0.):
     if epsilon:
         log_p = ((1 - epsilon) * log_p.exp() + epsilon / log_p.shape[-1]).log()
     p = log_p.exp()
-    below = p.cumsum(-1) if p.shape[-1] <= 8192 else long_cumsum(p)  # (N, V) distribution function
-    target = noise[:, None] * below[:, -1:] * (1 - 2**-22)  # below its last value
+    below = p.cumsum(-1) if p.shape[-1] <= 8192 else long_cumsum(p)  # (N, V)
+    target = noise[:, None] * below[:, -1:] * (1 - 2**-22)
     return (below <= target).sum(-1)
 
 
@@ -699,7 +699,7 @@ def centred(rewards):
 
 
 def quantile(rewards, among):
-    """Normal quantiles of ranks of rewards (N, G) among others, (N, n) or (n,) (rankit, Bliss 1967)."""
+    """Normal quantiles of ranks of rewards (N, G) among (N, n) or (n,) others (rankit, Bliss 1967)."""
     rewards, ordered = rewards.contiguous(), among.sort(-1).values
     below, up_to = (torch.searchsorted(ordered, rewards, right=right) for right in (False, True))
     scores = torch.special.ndtri((below + up_to).to(rewards.dtype) / (2 * ordered.shape[-1]))
@@ -707,14 +707,14 @@ def quantile(rewards, among):
 
 
 def softmax(scores):
-    """Softmax over rows (N, G); its limit if the largest is infinite."""
+    """Softmax over rows (N, G), its limit if infinite."""
     most = scores.amax(1, keepdim=True)
     return torch.where(scores == most, 0., scores - most).softmax(1)
 
 
 ADVANTAGES = {  # from rewards R (N, G), a temperature t, a baseline b and the whole batch's rewards B
     'raw': lambda R, t, b, B: finite(R),
-    'reinforce': lambda R, t, b, B: finite(R, b) - b,  # Williams 1992. Unbiased
+    'reinforce': lambda R, t, b, B: finite(R, b) - b,  # Williams 1992
     'dr_grpo': lambda R, t, b, B: centred(R),  # Liu et al. 2025
     'rloo': lambda R, t, b, B: centred(R) * R.shape[1] / max(1, R.shape[1] - 1),  # Ahmadian et al. 2024
     # Shao et al. 2024. Questions with rare successes count more
@@ -798,7 +798,7 @@ def plain(text):
 
 
 def printable(text):
-    """Text without what commands a terminal, except colours."""
+    """Text without what commands a terminal but colours."""
     return re.sub('(?!\033\\[(0|3[1-6])m)[\0-\x08\x0b-\x1f\x7f-\x9f]', '?', text)
 
 
@@ -824,8 +824,8 @@ def show_tokens(tokens, config, decode, between=' '):
 
 
 def picture(n_panels, title, heights=None):
-    """An empty plotly figure of panels, one below the other."""
-    figure = need('plotly.subplots', 'to draw').make_subplots(n_panels, 1, row_heights=heights)
+    """An empty figure of panels, one below the other."""
+    figure = need('plotly.subplots', 'to plot').make_subplots(n_panels, 1, row_heights=heights)
     return figure.update_layout(title=title, width=900, height=800, legend={'orientation': 'h'})
 
 
@@ -842,7 +842,6 @@ def curve(figure, panel, run, name, colour):
     log = map(json.loads, (run.folder / 'metrics.jsonl').read_text().splitlines())
     steps, values = zip(*((line['step'], line[name]) for line in log if name in line))
     figure.add_scatter(x=steps, y=values, name=name.replace('_', ' '), line_color=colour, row=panel, col=1)
-    figure.update_yaxes(rangemode='tozero', row=panel, col=1)
 
 
 # ==== Fast paths: they change no result, tests compare each with its slow form ====
@@ -854,7 +853,7 @@ FEW = 8  # keys up to which attention is written out
 
 def recorded(function, fuse=False):
     """A function of tensors as a CUDA graph: its second call on a GPU records its kernels, later ones launch
-    them at once. Shapes and other arguments must not change, weights must change in place, the next call
+    them at once. Shapes and other arguments must not change, weights change in place, the next call
     overwrites results. fuse: compile @fused functions."""
     graph = given = result = None
 
@@ -916,7 +915,7 @@ def attention(q, k, v, mask=None, dropout=0.):
 
 
 def has_kernel(device, d_head):
-    """Whether attend_to_cache serves heads of this size on a device, without gradients."""
+    """Whether attend_to_cache serves heads of this size, without gradients."""
     on_gpu = triton is not None and device is not None and device.type == 'cuda'
     return on_gpu and d_head in (16, 32, 64, 128) and not torch.is_grad_enabled()
 
