@@ -62,7 +62,7 @@ def excepthook(kind, error, trace):
 
 
 def need(package, purpose):
-    """Import an optional package. Raises ValueError if it is missing."""
+    """Import an optional package. Raises ValueError."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -229,7 +229,7 @@ class World:
         """Average gradients over processes, in place."""
         if self.size > 1:
             grads = [p.grad for p in parameters if p.grad is not None]
-            flat = torch.nn.utils.parameters_to_vector(grads)  # one message, not many
+            flat = torch.nn.utils.parameters_to_vector(grads)
             dist.all_reduce(flat)
             torch.nn.utils.vector_to_parameters(flat / self.size, grads)
 
@@ -329,7 +329,7 @@ class Run:
         self.world.generator.set_state(old['generator'])
 
     def restore(self, state):
-        """What a script keeps between steps, {name: tensor}: given, or from the resumed run."""
+        """What a script keeps between steps, {name: tensor}: given, or resumed."""
         old = self.resumed or state
         for name, x in state.items():
             if not torch.is_tensor(old.get(name)) or (old[name].shape, old[name].dtype) != (x.shape, x.dtype):
@@ -364,11 +364,10 @@ class Run:
             write_atomic(config, lambda file: file.write(json.dumps(now, indent=1).encode()))
         self.metrics, self.samples = (open(self.folder / name, 'a', buffering=1, encoding='utf-8')
                                       for name in ('metrics.jsonl', 'samples.txt'))
-        logs = [*zip((self.metrics, self.samples), self.resumed['written'] if self.resumed else (0, 0))]
-        if any(file.seek(0, 2) < length for file, length in logs):
+        written = self.resumed['written'] if self.resumed else (0, 0)
+        self.logs = [*zip((self.metrics, self.samples), written)]
+        if any(file.seek(0, 2) < length for file, length in self.logs):
             raise ValueError('its logs are shorter than ckpt.pt says')
-        for file, length in logs:
-            file.truncate(file.seek(length))  # forget what came later
         same = {'id': fingerprint(config.read_bytes()), 'resume': 'allow'}  # when it is resumed
         self.wandb = wandb and wandb.init(project='think-tokens', name=self.folder.name, mode=mode,
                                           config=dict(self.knobs), dir=self.folder, **same)
@@ -381,6 +380,8 @@ class Run:
         """Steps from first_step to last - 1, with a progress bar, until max_seconds have passed."""
         self.bar = tqdm(range(self.first_step, last), initial=self.first_step, total=last,
                         disable=None if self.world.main else True)
+        for log, length in self.logs if self.writes else ():
+            log.truncate(log.seek(length))  # forget what came later
         most = self.knobs['max_seconds']
         with self.bar:
             for step in self.bar:
@@ -434,7 +435,7 @@ class Run:
             fail(f'{what} at step {step}: training diverged, a smaller learning_rate may help{Run.where}')
 
     def report(self, step, **numbers):
-        """Log and print an evaluation; the progress bar shows its last two numbers."""
+        """Log and print an evaluation; the bar shows its last two numbers."""
         self.log(step, **numbers)
         shown = {name: f'{value:.4g}' for name, value in numbers.items()}
         self.print(f'step {step}: ' + ', '.join(f'{name} {value}' for name, value in shown.items()))

@@ -646,8 +646,10 @@ def test_checkpoints_are_not_trusted(train, refuse, tmp_path):
         refuse('add_think', '--out_dir=a --init_from=resume', message)
     train('add_think')
     good = checkpoint()
+    logs = [(tmp_path / 'a' / file).read_bytes() for file in ('metrics.jsonl', 'samples.txt')]
     for name, value in CHANGES.items():
         refused('', **{name: value})
+        assert logs == [(tmp_path / 'a' / file).read_bytes() for file in ('metrics.jsonl', 'samples.txt')]
     for knob, value in {'batch_size': 'x', 'n_layer': 1.5, 'group_size': 10**9, 'task': 'no'}.items():
         refused(f'--{knob}=', knobs=good['knobs'] | {knob: value})
     optimizer = checkpoint()['optimizers'][0]
