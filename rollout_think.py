@@ -233,9 +233,9 @@ def samples_page():
     """HTML: how the model goes on from ten prefixes, with its thoughts."""
     torch.manual_seed(seed)
     written = model.write(val_prefix[:10], text_len, think_len, fixed=fixed)
-    rows = (row[row != config.end_thought] for row in torch.cat([val_prefix[:10], written], dim=1))
-    return '<!doctype html><meta charset="utf-8"><title>Samples</title>' + '<hr>'.join(
-        as_html(show_tokens(row, config, decode, '')) for row in rows)
+    rows = (''.join(decode(start)) + show_tokens(row[row != config.end_thought], config, decode, '')
+            for start, row in zip(val_prefix.tolist(), written))
+    return '<!doctype html><meta charset="utf-8"><title>Samples</title>' + '<hr>'.join(map(as_html, rows))
 
 
 # ---- problems: data and model ----

@@ -198,7 +198,7 @@ class World:
             dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', store=store, rank=self.rank,
                                     world_size=self.size)
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=knobs.get('dtype') == 'bfloat16')
-        if kind == 'cpu':  # the same bits every time, or a resumed run would differ
+        if kind == 'cpu':  # the same bits every time, or resumed runs differ
             os.environ.setdefault('MKL_CBWR', 'AUTO,STRICT')  # MKL may not vary its code,
             torch.set_num_threads(torch.get_num_threads())  # nor its threads,
             for function in (torch.exp, torch.log, torch.sin, torch.cos, torch.tanh):
@@ -373,7 +373,7 @@ class Run:
                                           config=dict(self.knobs), dir=self.folder, **same)
 
     def seconds(self):
-        """Seconds of this run, also before it was resumed."""
+        """Seconds of this run, before it was resumed too."""
         return time.time() - self.start
 
     def steps(self, last):
@@ -807,7 +807,7 @@ def as_html(text):
     """Coloured text as HTML."""
     text = html.escape(text).replace('\033[0m', '</span>')
     for colour, number in COLOURS.items():
-        text = text.replace(f'\033[{number}m', f'<span style="color:{colour}">')
+        text = text.replace(f'\033[{number}m', f'<span style="color:dark{colour}">')
     return f'<div style="white-space:pre-wrap">{text}</div>'
 
 

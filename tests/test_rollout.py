@@ -126,7 +126,7 @@ def test_a_page_of_samples(run_here, tmp_path):
     result_of(run_here(SCRIPT, f'--out_dir={tmp_path}/a', '--page=True', '--think_len=2'))
     page, samples = ((tmp_path / 'a' / file).read_text() for file in ('samples.html', 'samples.txt'))
     assert page.count('<hr>') == 9 and '<think' in samples and 'end_thought' not in page + samples
-    assert '<span style="color:cyan">&lt;think' in page
+    assert '<span style="color:darkcyan">&lt;think' in page
 
 
 def test_models_that_do_not_fit_are_refused(run_here, tmp_path):

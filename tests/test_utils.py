@@ -229,7 +229,7 @@ def test_colours_only_on_a_terminal(monkeypatch, capsys):
     assert show_tokens(tokens, CONFIG, partial(map, str)) == coloured and plain(coloured) == text
     assert as_html(coloured).count('<span') == as_html(coloured).count('</span>') == 5
     assert utils.printable(f'{coloured}\n\033]0;title\a\033[2J\r') == f'{coloured}\n?]0;title??[2J?'
-    assert '<span style="color:cyan">&lt;think2&gt;</span>' in as_html(coloured)
+    assert '<span style="color:darkcyan">&lt;think2&gt;</span>' in as_html(coloured)
     for terminal, no_color, expected in ((False, '', text), (True, '', coloured), (True, '1', text)):
         monkeypatch.setenv('NO_COLOR', no_color)
         monkeypatch.setattr(sys.stdout, 'isatty', lambda terminal=terminal: terminal)
