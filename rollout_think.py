@@ -235,7 +235,7 @@ def samples_page():
     written = model.write(val_prefix[:10], text_len, think_len, fixed=fixed)
     rows = (''.join(decode(start)) + show_tokens(row[row != config.end_thought], config, decode, '')
             for start, row in zip(val_prefix.tolist(), written))
-    return '<!doctype html><meta charset="utf-8"><title>Samples</title>' + '<hr>'.join(map(as_html, rows))
+    return '<meta charset=utf-8><style>div{overflow-wrap:anywhere}</style>' + '<hr>'.join(map(as_html, rows))
 
 
 # ---- problems: data and model ----
