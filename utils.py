@@ -51,7 +51,8 @@ def excepthook(kind, error, trace):
     if kind is KeyboardInterrupt:
         fail(f'stopped{Run.where}')
     if issubclass(kind, OSError):
-        fail(f'{error.filename or "output"}: {error.strerror or first}{Run.where}')
+        where = Run.where * Path(error.filename or 'x').parent.exists()  # or it was deleted
+        fail(f'{error.filename or "output"}: {error.strerror or first}{where}')
     if kind.__module__.startswith(('torch._dynamo', 'torch._inductor')):
         fail(f'cannot compile: {first}')
     if issubclass(kind, MemoryError) or issubclass(kind, RuntimeError) and 'memory' in first:
@@ -69,7 +70,7 @@ def need(package, purpose):
         raise ValueError(f'{package} is needed {purpose}: pip install {package.split(".")[0]}') from error
 
 
-LIMITS = {name: limits for limits, names in {  # smallest and largest value; others: 0 and 2^31
+LIMITS = {name: limits for limits, names in {  # least, most; others: 0 and 2^31
     (1, 2**31): 'max_steps inner_steps eval_every eval_questions log_every n_tokens seeds parallel',
     (1, 2**20): 'batch_size d_thought_vocab d_model text_len eval_sequences eval_prefixes prefix_len',
     (1, 10**5): 'n_problems', (2, 2**31): 'input_max n_questions', (1, 2**8): 'n_layer n_head',
@@ -98,7 +99,7 @@ def read_knobs(file, script_globals, pretrained=False):
         if 'WORLD_SIZE' not in os.environ:  # torchrun waits for nobody
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
-        sys.stdout.reconfigure(errors='replace')  # if a terminal cannot show a tick
+        sys.stdout.reconfigure(errors='replace')  # of a tick
     block = Path(file).read_text('utf-8').partition('# ---- knobs ----')[2].partition('\n# ----')[0].strip()
     if {'-h', '--help'} & set(sys.argv[1:]):
         print(script_globals['__doc__'].strip(), 'Knobs, set by --name=value:', block, sep='\n\n', flush=True)
@@ -183,7 +184,7 @@ class World:
         try:
             self.device = torch.device(name)
             torch.zeros(1, device=self.device).item()
-        except Exception as error:  # of many kinds
+        except Exception as error:
             fail(f'--device={name} must be auto, cpu, cuda, cuda:<number> or mps, and be there: {error}')
         if self.size > 1 and (name == 'mps' or knobs['device'].startswith('cuda:')):
             fail('several processes need --device=cpu or cuda')
@@ -202,12 +203,11 @@ class World:
             os.environ.setdefault('MKL_CBWR', 'AUTO,STRICT')  # MKL may not vary its code,
             torch.set_num_threads(torch.get_num_threads())  # nor its threads,
             for function in (torch.exp, torch.log, torch.sin, torch.cos, torch.tanh):
-                function(torch.ones(1))  # and chooses its code now, before two threads ask at once
+                function(torch.ones(1))  # chosen now, before two threads ask at once
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         torch.manual_seed(knobs['seed'])
-        # all processes draw the same questions and noise
-        self.generator = torch.Generator(self.device).manual_seed(knobs['seed'])
+        self.generator = torch.Generator(self.device).manual_seed(knobs['seed'])  # alike in all processes
 
     def share(self, x):
         """This process's rows of the whole batch."""
@@ -256,8 +256,9 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
+        error = error.__context__ if isinstance(error.__context__, OSError) else error  # behind torch's
         error.filename = path  # for excepthook
-        raise
+        raise error
 
 
 def lock(folder):
@@ -284,7 +285,7 @@ def load_checkpoint(path, text=None):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         if wrong := [name for name, kind in CHECKPOINT.items() if type(checkpoint[name]) is not kind]:
             raise ValueError(f'its {wrong[0]} is wrong')
-    except Exception as error:  # torch raises many kinds
+    except Exception as error:
         fail(f'{path} is damaged or no checkpoint of ours: {type(error).__name__} {error}')
     if text and text['tokens'] != checkpoint['text'].get('tokens'):
         fail(f'{path} was trained on text with other tokens')
@@ -292,7 +293,7 @@ def load_checkpoint(path, text=None):
 
 
 def pack(model):
-    """A model as numbers, text and tensors, for model.unpack."""
+    """A model as numbers, text, tensors, for model.unpack."""
     return {'kind': type(model.config).__name__, 'config': asdict(model.config), 'state': model.state_dict()}
 
 
@@ -312,7 +313,7 @@ class Run:
         try:
             self.resume() if self.resumed else None
             self.open_folder() if self.writes else None
-        except Exception as error:  # of many kinds
+        except Exception as error:
             fail(f'cannot use {self.folder} (--out_dir): {error}')
 
     def resume(self):
@@ -593,7 +594,7 @@ def gpt2_encoding():
     """tiktoken's encoding of GPT-2. Fails if its files are missing."""
     try:
         return need('tiktoken', "for GPT-2's tokens").get_encoding('gpt2')
-    except Exception as error:  # networks raise many kinds
+    except Exception as error:
         fail(f"no files of GPT-2's tokens, see TIKTOKEN_CACHE_DIR: {error}")
 
 
@@ -713,7 +714,7 @@ def softmax(scores):
     return torch.where(scores == most, 0., scores - most).softmax(1)
 
 
-ADVANTAGES = {  # from rewards R (N, G), a temperature t, a baseline b and the whole batch's rewards B
+ADVANTAGES = {  # of rewards R (N, G), temperature t, baseline b, the whole batch's rewards B
     'raw': lambda R, t, b, B: finite(R),
     'reinforce': lambda R, t, b, B: finite(R, b) - b,  # Williams 1992
     'dr_grpo': lambda R, t, b, B: centred(R),  # Liu et al. 2025

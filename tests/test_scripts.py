@@ -700,7 +700,8 @@ def test_a_diverged_run_keeps_its_good_checkpoint(train, refuse):
 
 @pytest.mark.parametrize('error, line', [
     (KeyboardInterrupt(), 'stopped; a/ckpt.pt is whole'), (BrokenPipeError(), ''),
-    (OSError(28, 'No space left on device', 'a/x'), 'a/x: No space left on device; a/ckpt.pt is whole'),
+    (OSError(28, 'No space left on device', 'x'), 'x: No space left on device; a/ckpt.pt is whole'),
+    (OSError(2, 'No such file', 'gone/x'), 'gone/x: No such file\n'),
     (MemoryError('Unable to allocate'), 'not enough memory'), (RuntimeError('out of memory'), 'not enough'),
     (type('NoCompiler', (Exception,), {'__module__': 'torch._inductor.exc'})('g++'), 'cannot compile: g++'),
     (ZeroDivisionError(), 'Traceback'), (ValueError('of a library'), 'Traceback')])
@@ -720,9 +721,13 @@ def test_a_full_disk(train, refuse, tmp_path, monkeypatch):
     train('add_normal')
     good = (tmp_path / 'a/ckpt.pt').read_bytes()
 
-    def full(fd):
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(os, 'fsync', full)
+    def full(checkpoint, file):
+        try:
+            file.write(b'half of it')
+            raise OSError(28, 'No space left on device')
+        finally:
+            raise RuntimeError('unexpected pos')  # as torch does
+    monkeypatch.setattr(torch, 'save', full)
     refuse('add_normal', '--out_dir=a --init_from=resume --max_steps=9', 'No space left on device')
     assert (tmp_path / 'a/ckpt.pt').read_bytes() == good and not [*(tmp_path / 'a').glob('*.tmp')]
 
