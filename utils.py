@@ -201,7 +201,7 @@ class World:
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=knobs.get('dtype') == 'bfloat16')
         if kind == 'cpu':  # the same bits every time, or resumed runs differ
             os.environ.setdefault('MKL_CBWR', 'AUTO,STRICT')  # MKL may not vary its code,
-            torch.set_num_threads(torch.get_num_threads())  # nor its threads,
+            torch.set_num_threads(torch.get_num_threads())  # nor threads,
             for function in (torch.exp, torch.log, torch.sin, torch.cos, torch.tanh):
                 function(torch.ones(1))  # chosen now, before two threads ask at once
             torch.use_deterministic_algorithms(True)
@@ -378,7 +378,7 @@ class Run:
         return time.time() - self.start
 
     def steps(self, last):
-        """Steps from first_step to last - 1, with a progress bar, until max_seconds have passed."""
+        """Steps from first_step to last - 1, with a progress bar, for at most max_seconds."""
         self.bar = tqdm(range(self.first_step, last), initial=self.first_step, total=last,
                         disable=None if self.world.main else True)
         for log, length in self.logs if self.writes else ():
