@@ -52,7 +52,7 @@ def excepthook(kind, error, trace):
         fail(f'stopped{Run.where}')
     if issubclass(kind, OSError):
         where = Run.where * Path(error.filename or 'x').parent.exists()  # or it was deleted
-        fail(f'{error.filename or "output"}: {error.strerror or first}{where}')
+        fail(f'{first}{where}')
     if kind.__module__.startswith(('torch._dynamo', 'torch._inductor')):
         fail(f'cannot compile: {first}')
     if issubclass(kind, MemoryError) or issubclass(kind, RuntimeError) and 'memory' in first:
@@ -257,7 +257,7 @@ def write_atomic(path, write):
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         error = error.__context__ if isinstance(error.__context__, OSError) else error  # behind torch's
-        error.filename = path  # for excepthook
+        error.filename = str(path)  # for excepthook
         raise error
 
 
@@ -457,7 +457,7 @@ class Run:
                 'generator': self.world.generator.get_state(),
                 'written': [self.metrics.tell(), self.samples.tell()], **state}
             write_atomic(self.folder / file, lambda file: torch.save(checkpoint, file))
-            Run.where = f'; {self.folder}/ckpt.pt is whole, --init_from=resume goes on from it'
+            Run.where = f'; {self.folder}/ckpt.pt of step {step} is whole, --init_from=resume goes on from it'
 
     def save_best(self, step, score, models, **state):
         """Write best.pt if the score is the highest so far."""

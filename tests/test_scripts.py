@@ -700,8 +700,8 @@ def test_a_diverged_run_keeps_its_good_checkpoint(train, refuse):
 
 @pytest.mark.parametrize('error, line', [
     (KeyboardInterrupt(), 'stopped; a/ckpt.pt is whole'), (BrokenPipeError(), ''),
-    (OSError(28, 'No space left on device', 'x'), 'x: No space left on device; a/ckpt.pt is whole'),
-    (OSError(2, 'No such file', 'gone/x'), 'gone/x: No such file\n'),
+    (OSError(28, 'No space left on device', 'x'), "No space left on device: 'x'; a/ckpt.pt is whole"),
+    (OSError(2, 'No such file', 'gone/x'), "No such file: 'gone/x'\n"),
     (MemoryError('Unable to allocate'), 'not enough memory'), (RuntimeError('out of memory'), 'not enough'),
     (type('NoCompiler', (Exception,), {'__module__': 'torch._inductor.exc'})('g++'), 'cannot compile: g++'),
     (ZeroDivisionError(), 'Traceback'), (ValueError('of a library'), 'Traceback')])

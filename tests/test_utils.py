@@ -1,4 +1,4 @@
-"""utils.py: sampling, balanced targets, advantages, tasks, optimiser, ablations, colours."""
+"""utils.py: sampling, balanced targets, advantages, tasks, ablations, colours."""
 import itertools
 import math
 import os
