@@ -43,7 +43,7 @@ def fail(message):
 
 
 def excepthook(kind, error, trace):
-    """What is no bug ends a script in one line: a ValueError raised in this folder is a user's mistake."""
+    """What is no bug ends a script in one line: a ValueError of this folder is a user's mistake."""
     first, source = str(error).strip().partition('\n')[0], traceback.extract_tb(trace)[-1].filename
     if kind is BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -51,13 +51,14 @@ def excepthook(kind, error, trace):
     if kind is KeyboardInterrupt:
         fail(f'stopped{Run.where}')
     if issubclass(kind, OSError):
-        where = Run.where * Path(error.filename or 'x').parent.exists()  # or it was deleted
+        where = Run.where * Path(error.filename or 'x').parent.exists()
         fail(f'{first}{where}')
     if kind.__module__.startswith(('torch._dynamo', 'torch._inductor')):
         fail(f'cannot compile: {first}')
     if issubclass(kind, MemoryError) or issubclass(kind, RuntimeError) and 'memory' in first:
         fail(f'not enough memory: {first}')
-    if issubclass(kind, ValueError) and Path(source).resolve().parent == Path(__file__).parent:
+    ours = Path(source).resolve().parent == Path(__file__).parent
+    if issubclass(kind, ValueError) and (ours or kind.__name__.endswith('DecodeError')):
         fail(first)
     sys.__excepthook__(kind, error, trace)
 
