@@ -248,7 +248,7 @@ class World:
 def write_atomic(path, write):
     """Let write(file) fill a new file, in bytes, then rename it: path is never half-written."""
     temporary = path.with_name(path.name + '.tmp')
-    temporary.unlink(missing_ok=True)  # of a run that was killed
+    temporary.unlink(missing_ok=True)  # of a killed run
     try:
         with open(temporary, 'xb') as file:  # x: not through somebody's link
             write(file)
