@@ -623,14 +623,14 @@ def from_pretrained(source):
         c = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         odd = [name for name, usual in HF_FIXED.items() if getattr(c, name, None) != usual]
         if odd or c.n_inner not in (None, 4 * c.n_embd):
-            raise ValueError(f'it is no plain GPT-2, {", ".join(odd) or "n_inner"} differs')
+            raise ValueError(f'not a plain GPT-2, {", ".join(odd) or "n_inner"} differs')
         theirs = transformers.GPT2LMHeadModel.from_pretrained(source, use_safetensors=True, dtype='float32')
         model = GPT2(ModelConfig(c.vocab_size, c.n_positions, c.n_layer, c.n_head, c.n_embd,
                                  c.tie_word_embeddings))
         state = {name.removeprefix('transformer.'): p for name, p in theirs.state_dict().items()}
         model.load_state_dict({k: p.t() if k.endswith(HF_TRANSPOSED) else p for k, p in state.items()})
     except Exception as error:  # of many kinds
-        raise ValueError(f'no GPT-2 weights at {source}: {str(error).strip().splitlines()[0]}') from error
+        raise ValueError(f'no GPT-2 weights at {source}: {error}') from error
     return model
 
 
@@ -661,7 +661,7 @@ def unpack(packed):
         if config.n_layer > len(state) or not all(p.isfinite().all() for p in state.values()):
             raise ValueError('weights are missing, or not finite')
         with torch.device('meta'):  # takes no memory, whatever a damaged config asks for
-            Model(config).load_state_dict(dict(state), assign=True)
+            Model(config).load_state_dict(dict(state), assign=True)  # checks shapes
         model = Model(config)
         model.load_state_dict(state)
     except Exception as error:  # of many kinds

@@ -11,8 +11,7 @@ Every data set, made or downloaded.
 Tokens go to train.bin and val.bin, for np.memmap(file, dtype=np.uint16). meta.json lists the characters in
 the order of their tokens. In GPT-2's tokens each document begins with <|endoftext|>, except in Shakespeare.
 Problems are text: train.jsonl and val.jsonl have lines {"question": ..., "answer": "12", "level": 1}. All
-problems with the same calculation, such as 7+3-2, are in the same file. A data set is made in <folder>.part,
-which is renamed when it is whole. What is there is not made again.
+problems with one calculation, such as 7+3-2, are in one file. A data set is made in <folder>.part.
 """
 import json
 import os
@@ -48,10 +47,9 @@ seed = 0                      # addition, problems: of the choice
 out_dir = ''                  # folder of the data; empty: data/<dataset>
 
 # ---- set-up ----
-
 began, knobs = time.time(), read_knobs(__file__, globals())
 folder, PARTS = Path(os.path.abspath(out_dir or f'data/{dataset}')), ('train', 'val')
-making = folder.with_name(f'{folder.name}.part')
+making = Path(f'{folder}.part')
 FILES = {part: f'{part}.{"jsonl" if dataset == "problems" else "bin"}' for part in PARTS}
 uses = {'text': 'path val_path val_share tokenizer', 'fineweb_edu': 'n_tokens',
         'addition': 'val_share n_questions input_min input_max seed',
@@ -78,15 +76,19 @@ def write(name, text):
     write_atomic(making / name, lambda file: file.write(text.encode()))
 
 
-def start_writing():
-    """Lock the folder in which the data set is made, and look again. Returns the lock."""
-    held, known = lock(making), {'.lock', 'meta.json', *FILES.values()}
+def start_writing(meta):
+    """Lock the folder in which the data set is made, and look again. meta: shows that it is ours."""
+    held, known = lock(making), {'.lock', 'meta.json.tmp'}
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        if json.loads((making / 'meta.json').read_text())['knobs']['dataset']:
+            known |= {'meta.json', *FILES.values()}
     for path in making.iterdir():
-        if path.name.removesuffix('.tmp') not in known or path.is_symlink():
+        if path.is_symlink() or not {path.name, path.name.removesuffix('.tmp')} & known:
             fail(f'{path} is not of this script, pass another --out_dir')
-    if meta := look(folder):    # another run was quicker
+    if made := look(folder):    # another run was quicker
         shutil.rmtree(making)
-        finish('is there', meta)
+        finish('is there', made)
+    write('meta.json', json.dumps(meta))
     return held
 
 
@@ -133,8 +135,8 @@ def word_problem(draw, operations, largest, most):
 
 if meta := look(folder):
     finish('is there (to make it again, delete it)', meta)
-if folder.exists() and any(folder.iterdir()):
-    fail(f'{folder} holds something else: delete it, or pass another --out_dir')
+if folder.is_symlink() or making.is_symlink() or folder.exists() and any(folder.iterdir()):
+    fail(f'{folder} is a link or holds something else: delete it, or pass another --out_dir')
 if dataset == 'problems':
     draw, lines = random.Random(seed), {'train': {}, 'val': {}}     # dicts, as sets that keep their order
     for level, shape in enumerate(LEVELS, 1):
@@ -143,16 +145,16 @@ if dataset == 'problems':
             line = json.dumps({'question': question, 'answer': answer, 'level': level}) + '\n'
             chance = random.Random(f'{seed} {calculation}').random()    # one per calculation
             lines['val' if chance < val_share else 'train'][line] = True
-    held = start_writing()
+    meta = {'knobs': made_with, **{f'{part}_problems': len(lines[part]) for part in PARTS}}
+    held = start_writing(meta)
     for part in PARTS:
         write(FILES[part], ''.join(lines[part]))
-    finish('is made', {'knobs': made_with, **{f'{part}_problems': len(lines[part]) for part in PARTS}})
+    finish('is made', meta)
 
 # ---- text, in pieces: (train or val, whether a document begins, text) ----
 
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-# A token of GPT-2 begins at the last space or newline before a word, so a text that is cut there keeps its
-# tokens. It is cut into pieces of up to a million characters.
+# Text is cut where a token of GPT-2 begins, at the last space or newline before a word, within a million
 PIECE = re.compile(r'.{1,1000000}(?=[ \n]\S)|.+?(?=[ \n]\S|\Z)', re.DOTALL)
 
 
@@ -214,27 +216,25 @@ if len(characters) > 2**16:
     fail(f'{len(characters)} different characters are too many, try --tokenizer=gpt2')
 
 # ---- tokens ----
-
 encoding = None if characters else gpt2_encoding()
 number = {character: i for i, character in enumerate(characters)}
 meta = {'knobs': made_with, 'pieces': 0, 'train_tokens': 0, 'val_tokens': 0, 'characters': characters,
         'tokenizer': 'char' if characters else 'gpt2', 'd_vocab': len(characters) or encoding.n_vocab}
 meta = dataset == 'fineweb_edu' and look(making) or meta
 pieces = chain(list(islice(pieces, 1)), pieces)     # get one before anything is written
-held = start_writing()
-write('meta.json', json.dumps(meta))    # first, so that it is never beside another data set's files
+held = start_writing(meta)
 files = {part: open(making / FILES[part], 'ab') for part in PARTS}
 for part, file in files.items():
     file.truncate(2 * meta[f'{part}_tokens'])       # forget what was written after meta.json
 for part, begins, text in tqdm(pieces, initial=meta['pieces'], total=total, disable=None):
     tokens = ([number[character] for character in text] if characters else
               [encoding.eot_token] * begins + encoding.encode_ordinary(text))
-    np.array(tokens, np.uint16).tofile(files[part])
+    files[part].write(np.array(tokens, np.uint16).tobytes())
+    files[part].flush()
     meta[f'{part}_tokens'] += len(tokens)
     meta['pieces'] += 1
     if meta['pieces'] % 1000 == 0:
         write('meta.json', json.dumps(meta))
 for file in files.values():
     os.fsync(file.fileno())
-    file.close()
 finish('is made', meta)

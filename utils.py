@@ -59,7 +59,7 @@ def excepthook(kind, error, trace):
         fail(f'not enough memory: {first}')
     ours = Path(source).resolve().parent == Path(__file__).parent
     if issubclass(kind, ValueError) and (ours or kind.__name__.endswith('DecodeError')):
-        fail(first)
+        fail(error)
     sys.__excepthook__(kind, error, trace)
 
 
@@ -79,9 +79,9 @@ LIMITS = {name: limits for limits, names in {  # least, most; others: 0 and 2^31
     (1e-6, 1e9): 'tau max_seconds', (1e-3, 1e3): 'temperature', (0, 1): 'epsilon hardest advance_at',
     (0, .9999): 'beta2', (0, .99): 'heldout val_share dropout',
 }.items() for name in names.split()}
-# never from a checkpoint, it may be somebody's
+# never from a checkpoint: it may be a stranger's
 ELSEWHERE = {'init_from', 'eval_only', 'out_dir', 'wandb_mode', 'device'}
-# may change in a resumed run, are not in its folder's name
+# may change on resuming, and are not in the folder's name
 FREE = ELSEWHERE | set('max_steps max_seconds eval_every log_every plot page'.split())
 # decide which questions are held out, and stay with the weights
 SPLIT = set('seed heldout input_min input_max n_adds task n_letters k'.split())
@@ -97,7 +97,7 @@ def read_knobs(file, script_globals, pretrained=False):
     from the checkpoint, another checkpoint only those in SPLIT. pretrained: it may name other things."""
     sys.excepthook = excepthook
     with suppress(ValueError):  # in other threads
-        if 'WORLD_SIZE' not in os.environ:  # torchrun waits for nobody
+        if 'WORLD_SIZE' not in os.environ:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
         sys.stdout.reconfigure(errors='replace')  # of a tick
@@ -246,11 +246,11 @@ class World:
 # ---- the run directory ----
 
 def write_atomic(path, write):
-    """Let write(file) fill a new file, in bytes, then rename it: path is never half-written."""
+    """Let write(file) fill a new binary file, then rename it: path is never half-written."""
     temporary = path.with_name(path.name + '.tmp')
     temporary.unlink(missing_ok=True)  # of a killed run
     try:
-        with open(temporary, 'xb') as file:  # x: not through somebody's link
+        with open(temporary, 'xb') as file:  # x: follows no link
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -263,7 +263,7 @@ def write_atomic(path, write):
 
 
 def lock(folder):
-    """Make a folder, lock it, so that one program at a time writes to it, and return the lock."""
+    """Make and lock a folder, as one program at a time may write to it. Returns the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / '.lock', timeout=0)
     lock.acquire()
@@ -324,7 +324,7 @@ class Run:
         for optimizer, saved in zip(self.optimizers, old['optimizers'], strict=True):
             groups = optimizer.state_dict()['param_groups']  # rates are the knobs'
             optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
-            for p, state in optimizer.state.items():  # a fused kernel would write anywhere
+            for p, state in optimizer.state.items():  # a fused kernel writes anywhere
                 shapes = {name: x.shape for name, x in state.items()}
                 if shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
                     raise ValueError('its optimiser does not fit')
@@ -342,21 +342,23 @@ class Run:
         """Make the folder ours and open its files."""
         config, mode = self.folder / 'config.json', self.knobs['wandb_mode']
         wandb = need('wandb', 'for wandb_mode') if mode != 'disabled' else None
-        need('plotly', 'to plot') if self.knobs.get('plot') else None
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.iterdir():
-            ours = re.fullmatch(OURS, path.name) and not path.is_symlink()
-            if not ours or path.is_file() == (path.name == 'wandb'):
+        files, known = [*self.folder.iterdir()], set()
+        for path in files:  # no links
+            wanted = path.is_dir() if path.name == 'wandb' else path.is_file() and path.stat().st_nlink == 1
+            if path.is_symlink() or not wanted or not re.fullmatch(OURS, path.name):
                 raise ValueError(f'{path.name} is not ours')
-        self.lock = lock(self.folder)
-        files = [path for path in self.folder.iterdir() if path.name != '.lock' and path.suffix != '.tmp']
-        if files and type(json.loads(config.read_text())['script']) is not str:
+        files = [path for path in files if path.name != '.lock' and path.suffix != '.tmp']
+        with suppress(Exception):
+            known = set(json.loads(config.read_text()))
+        if files and not {'script', 'knobs', 'processes'} <= known:
             raise ValueError('config.json is not ours')
+        self.lock = lock(self.folder)
         if files and not self.resumed:
             older = (Path(f'{self.folder.resolve()}.{n}') for n in itertools.count(1))
             older = next(path for path in older if not path.exists())
             older.mkdir()
-            for path in sorted(files, key=lambda path: path == config):  # by config.json we know a run
+            for path in sorted(files, key=lambda path: path == config):  # it marks a run
                 path.rename(older / path.name)
         on_gpu = self.world.device.type == 'cuda'
         now = {'script': self.knobs.script, 'knobs': self.knobs, 'commit': git_commit(),
@@ -367,7 +369,7 @@ class Run:
         self.metrics, self.samples = (open(self.folder / name, 'a', buffering=1, encoding='utf-8')
                                       for name in ('metrics.jsonl', 'samples.txt'))
         written = self.resumed['written'] if self.resumed else (0, 0)
-        self.logs = [*zip((self.metrics, self.samples), written)]
+        self.logs = [*zip((self.metrics, self.samples), written, strict=True)]
         if any(file.seek(0, 2) < length for file, length in self.logs):
             raise ValueError('its logs are shorter than ckpt.pt says')
         same = {'id': fingerprint(config.read_bytes()), 'resume': 'allow'}  # when it is resumed
@@ -400,7 +402,7 @@ class Run:
             tqdm.write(text if sys.stdout.isatty() and not os.environ.get('NO_COLOR') else plain(text))
 
     def sample(self, text, right=None):
-        """Print coloured text, with a tick or a cross, and keep it."""
+        """Print coloured text, with a tick or cross, and keep it."""
         text = printable(text)
         if right is not None:
             text += ' ' + (paint('✓', 'green') if right else paint('✗', 'red'))
@@ -827,7 +829,7 @@ def show_tokens(tokens, config, decode, between=' '):
 
 
 def picture(n_panels, title, heights=None):
-    """An empty figure of panels, one below the other."""
+    """An empty figure of panels."""
     figure = need('plotly.subplots', 'to plot').make_subplots(n_panels, 1, row_heights=heights)
     return figure.update_layout(title=title, width=900, height=800, legend={'orientation': 'h'})
 

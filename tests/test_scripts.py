@@ -129,13 +129,15 @@ def test_folders_that_are_not_of_a_run_are_left_alone(train, refuse, tmp_path):
     (tmp_path / 'elsewhere/file').write_text('mine')
     for name, content in (('notes', ''), ('config.json', '{"model_type": "gpt2"}'), ('config.json', ''),
                           ('config.json', '[' * 10**5), ('config.json', None), ('ckpt.pt.tmp', 'file'),
-                          ('metrics.jsonl', 'file'), ('wandb', '.'), ('best.pt', 'file')):
+                          ('metrics.jsonl', 'file'), ('wandb', '.'), ('best.pt', 'hard')):
         shutil.rmtree(tmp_path / 'b', ignore_errors=True)
         shutil.copytree(tmp_path / 'a', tmp_path / 'b')
         path = tmp_path / 'b' / name
         path.unlink(missing_ok=True)
         if content in ('file', '.'):
             path.symlink_to(tmp_path / 'elsewhere' / content)
+        elif content == 'hard':
+            path.hardlink_to(tmp_path / 'elsewhere/file')
         elif content is not None:
             path.write_text(content)
         before = contents()
@@ -759,9 +761,8 @@ def test_what_is_found_to_be_bad_later(refuse, tmp_path, monkeypatch):
     for folder, message in (('file/a', 'Not a directory'), ('loop/a', 'symbolic links'),
                             ('x' * 300, 'name too long'), ('/proc/a', 'No such file')):
         refuse('add_normal', f'--out_dir={folder}', message)
-    for package, knob in (('wandb', '--wandb_mode=offline'), ('plotly', '--plot=True')):
-        monkeypatch.setitem(sys.modules, package, None)
-        refuse('add_think_blind', f'--out_dir=b {knob}', f'pip install {package}')
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    refuse('add_think_blind', '--out_dir=b --wandb_mode=offline', 'pip install wandb')
     monkeypatch.setenv('WORLD_SIZE', '2')
     refuse('autoencoder_think', '--out_dir=b', 'only one is set')
     monkeypatch.setenv('RANK', '0')
