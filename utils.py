@@ -81,7 +81,7 @@ LIMITS = {name: limits for limits, names in {  # least, most; others: 0 and 2^31
 }.items() for name in names.split()}
 # never from a checkpoint: it may be a stranger's
 ELSEWHERE = {'init_from', 'eval_only', 'out_dir', 'wandb_mode', 'device'}
-# may change on resuming, and are not in the folder's name
+# may change on resuming, not in the folder's name
 FREE = ELSEWHERE | set('max_steps max_seconds eval_every log_every plot page'.split())
 # decide which questions are held out, and stay with the weights
 SPLIT = set('seed heldout input_min input_max n_adds task n_letters k'.split())
@@ -798,7 +798,7 @@ def paint(text, colour):
 
 
 def plain(text):
-    """Text without its colours."""
+    """Text without colours."""
     return re.sub('\033\\[[0-9;]*m', '', text)
 
 
