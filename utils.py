@@ -338,27 +338,29 @@ class Run:
                 fail(f'{self.folder}/ckpt.pt: {name} does not fit')
         return {name: old[name].to(self.world.device) for name in state}
 
+    def files(self):
+        return [path for path in self.folder.iterdir() if path.name != '.lock' and path.suffix != '.tmp']
+
     def open_folder(self):
         """Make the folder ours and open its files."""
         config, mode = self.folder / 'config.json', self.knobs['wandb_mode']
         wandb = need('wandb', 'for wandb_mode') if mode != 'disabled' else None
         self.folder.mkdir(parents=True, exist_ok=True)
-        files, known = [*self.folder.iterdir()], set()
-        for path in files:  # no links
+        known = set()
+        for path in self.folder.iterdir():  # no link
             wanted = path.is_dir() if path.name == 'wandb' else path.is_file() and path.stat().st_nlink == 1
             if path.is_symlink() or not wanted or not re.fullmatch(OURS, path.name):
                 raise ValueError(f'{path.name} is not ours')
-        files = [path for path in files if path.name != '.lock' and path.suffix != '.tmp']
         with suppress(Exception):
             known = set(json.loads(config.read_text()))
-        if files and not {'script', 'knobs', 'processes'} <= known:
+        if self.files() and not {'script', 'knobs', 'processes'} <= known:
             raise ValueError('config.json is not ours')
         self.lock = lock(self.folder)
-        if files and not self.resumed:
+        if self.files() and not self.resumed:
             older = (Path(f'{self.folder.resolve()}.{n}') for n in itertools.count(1))
             older = next(path for path in older if not path.exists())
             older.mkdir()
-            for path in sorted(files, key=lambda path: path == config):  # it marks a run
+            for path in sorted(self.files(), key=lambda path: path == config):  # it marks a run
                 path.rename(older / path.name)
         on_gpu = self.world.device.type == 'cuda'
         now = {'script': self.knobs.script, 'knobs': self.knobs, 'commit': git_commit(),
@@ -371,8 +373,8 @@ class Run:
         written = self.resumed['written'] if self.resumed else (0, 0)
         self.logs = [*zip((self.metrics, self.samples), written, strict=True)]
         if any(file.seek(0, 2) < length for file, length in self.logs):
-            raise ValueError('its logs are shorter than ckpt.pt says')
-        same = {'id': fingerprint(config.read_bytes()), 'resume': 'allow'}  # when it is resumed
+            raise ValueError('its logs are too short')
+        same = {'id': fingerprint(config.read_bytes()), 'resume': 'allow'}
         self.wandb = wandb and wandb.init(project='think-tokens', name=self.folder.name, mode=mode,
                                           config=dict(self.knobs), dir=self.folder, **same)
 

@@ -688,7 +688,7 @@ def test_bad_checkpoints(train, refuse, tmp_path):
     train('add_normal', '--init_from=resume')  # and nothing was damaged
     assert metrics(tmp_path / 'a') == lines
     os.truncate(tmp_path / 'a/metrics.jsonl', 9)
-    refuse('add_normal', resume, 'its logs are shorter')
+    refuse('add_normal', resume, 'its logs are too short')
 
 
 def test_a_diverged_run_keeps_its_good_checkpoint(train, refuse):
