@@ -143,7 +143,7 @@ state = run.restore({
     'since': torch.tensor(0),           # step at which it was new
     'accuracy': torch.tensor(0.),       # running mean of right answers at this depth
     'frequency': torch.full((max(1, n_thoughts(k)), d_thought_vocab + 1), 1 / n_states)})  # (T, L + 1)
-if knobs.checkpoint and knobs.checkpoint['script'] == knobs.script:     # what it has learned stays learned
+if knobs.checkpoint and not run.resumed and knobs.checkpoint['script'] == knobs.script:     # it has learned
     state['depth'] = knobs.checkpoint['depth'].clamp(1, k)
 
 # ---- thinking, answering, and what thoughts are paid ----

@@ -619,6 +619,7 @@ HF_FIXED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm
 def from_pretrained(source):
     """A GPT2 with the weights of a Hugging Face GPT-2: a folder, or a hub name. Raises ValueError."""
     transformers = need('transformers', 'to load pretrained weights')
+    transformers.utils.logging.set_verbosity_error()
     try:
         c = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         odd = [name for name, usual in HF_FIXED.items() if getattr(c, name, None) != usual]
@@ -677,8 +678,7 @@ def find_model(checkpoint, name='model'):
 
 
 def make_model(config, checkpoint=None, name='model', spread=1.):
-    """A model of this shape, or the one called name in a checkpoint; a normal one is grown if config is a
-    ThinkingModelConfig. Raises ValueError."""
+    """A model of this shape, or the checkpoint's of this name, grown if need be. Raises ValueError."""
     if checkpoint is None:
         return MODELS[type(config).__name__][1](config)
     model = find_model(checkpoint, name)

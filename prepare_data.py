@@ -77,7 +77,7 @@ def write(name, text):
 
 
 def start_writing(meta):
-    """Lock the folder in which the data set is made, and look again. meta: shows that it is ours."""
+    """Lock the folder in which the data set is made, and look again. meta marks it as ours."""
     held, known = lock(making), {'.lock', 'meta.json.tmp'}
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         if json.loads((making / 'meta.json').read_text())['knobs']['dataset']:

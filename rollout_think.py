@@ -17,7 +17,7 @@ of the group as baseline (Dr. GRPO, Liu et al. 2025). No ratios are clipped, as 
 
 A reference likes to be told what it expects, again and again. So a normal token is also paid its own -log p,
 among normal tokens, after the thoughts that were written. With entropy_weight=1 a text earns, on average,
-minus the KL divergence of its tokens from the reference, given the thoughts; those earn nothing themselves.
+minus the KL divergence of its tokens from the reference, given the thoughts, which earn nothing.
 
 With reward=math a pretrained model of transformers solves problems, thinking in its own words. It is paid for
 the right answer, and for the form that examples show: the answer in one \\boxed{}. Its loss is a sum over
@@ -157,7 +157,7 @@ def read(prefix, tokens):
     return torch.where(tokens == config.end_thought, 0., log_p), *(x.view(-1, text_len) for x in own)
 
 
-def repeats(text, n=4):
+def repeats(text, n):
     """For each token of texts (N, S), whether it completes n tokens that are in its text already: (N, S)."""
     runs = text.unfold(1, min(n, text.shape[1]), 1)  # (N, S - n + 1, n)
     again = (runs[:, :, None] == runs[:, None]).all(-1).tril(-1).any(-1)
@@ -333,6 +333,7 @@ if reward == 'math':
         fail(f'{data} is not what the checkpoint was trained on')
     transformers = need('transformers', 'for models of other families')
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         packed = knobs.checkpoint['models']['model'] if knobs.checkpoint else {'source': init_from}
         source, options = packed['source'], {'trust_remote_code': False}
@@ -415,7 +416,6 @@ def evaluate_problems(step):
 
 
 # ---- training ----
-
 if reward == 'text':
     draw, losses, evaluate, n_train = cut, text_losses, evaluate_texts, len(train_set) - n_cut
     write, write_real = [recorded(write, fuse=True) for _ in 'ab'] if compile else [write, write]

@@ -51,8 +51,7 @@ def excepthook(kind, error, trace):
     if kind is KeyboardInterrupt:
         fail(f'stopped{Run.where}')
     if issubclass(kind, OSError):
-        where = Run.where * Path(error.filename or 'x').parent.exists()
-        fail(f'{first}{where}')
+        fail(first + Run.where * Path(error.filename or 'x').parent.exists())
     if kind.__module__.startswith(('torch._dynamo', 'torch._inductor')):
         fail(f'cannot compile: {first}')
     if issubclass(kind, MemoryError) or issubclass(kind, RuntimeError) and 'memory' in first:
@@ -94,13 +93,13 @@ class Knobs(dict):
 def read_knobs(file, script_globals, pretrained=False):
     """A script's knobs: lines `name = value  # meaning, unit` below the banner "knobs", 'a' | 'b' are
     choices; overridden by --name=value, and put into its globals. init_from=resume takes those not given
-    from the checkpoint, another checkpoint only those in SPLIT. pretrained: it may name other things."""
+    from the checkpoint, another checkpoint only those in SPLIT. pretrained: init_from may be a model."""
     sys.excepthook = excepthook
     with suppress(ValueError):  # in other threads
         if 'WORLD_SIZE' not in os.environ:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
-        sys.stdout.reconfigure(errors='replace')  # of a tick
+        sys.stdout.reconfigure(errors='replace')  # for ✓
     block = Path(file).read_text('utf-8').partition('# ---- knobs ----')[2].partition('\n# ----')[0].strip()
     if {'-h', '--help'} & set(sys.argv[1:]):
         print(script_globals['__doc__'].strip(), 'Knobs, set by --name=value:', block, sep='\n\n', flush=True)
@@ -265,9 +264,9 @@ def write_atomic(path, write):
 def lock(folder):
     """Make and lock a folder, as one program at a time may write to it. Returns the lock."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / '.lock', timeout=0)
-    lock.acquire()
-    return lock
+    held = FileLock(folder / '.lock', timeout=0)
+    held.acquire()
+    return held
 
 
 CHECKPOINT = {'script': str, 'knobs': dict, 'models': dict, 'optimizers': list, 'generator': torch.Tensor,
@@ -282,7 +281,7 @@ def load_checkpoint(path, text=None):
         with zipfile.ZipFile(path) as archive:  # torch checks neither sizes nor checksums
             unpacked = sum(part.file_size for part in archive.infolist())
             if unpacked > os.path.getsize(path) or archive.testzip():
-                raise ValueError
+                raise ValueError('checksum')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         if wrong := [name for name, kind in CHECKPOINT.items() if type(checkpoint[name]) is not kind]:
             raise ValueError(f'its {wrong[0]} is wrong')
