@@ -636,7 +636,7 @@ def from_pretrained(source):
 
 
 def save_pretrained(model, folder):
-    """Write a folder for transformers' GPT2LMHeadModel.from_pretrained. Raises ValueError."""
+    """Write a folder for transformers' GPT2LMHeadModel, without a tokenizer. Raises ValueError."""
     transformers, c = need('transformers', 'to export weights'), model.config
     if c.reads != c.writes or c.position_encoding != 'learned':
         raise ValueError('only models with learned positions that write what they read can be exported')

@@ -37,7 +37,7 @@ except ImportError:  # without a GPU
 # ---- what ends a program early, knobs ----
 
 def fail(message):
-    """End the program: one line on stderr, exit code 2."""
+    """End the program: one line, exit code 2."""
     print('error:', ' '.join(printable(str(message)).split())[:500], file=sys.stderr)
     sys.exit(2)
 
@@ -81,7 +81,7 @@ LIMITS = {name: limits for limits, names in {  # least, most; others: 0 and 2^31
 # never from a checkpoint: it may be a stranger's
 ELSEWHERE = {'init_from', 'eval_only', 'out_dir', 'wandb_mode', 'device'}
 # may change on resuming, not in the folder's name
-FREE = ELSEWHERE | set('max_steps max_seconds eval_every log_every plot page'.split())
+FREE = ELSEWHERE | set('max_steps max_seconds eval_every log_every plot'.split())
 # decide which questions are held out, and stay with the weights
 SPLIT = set('seed heldout input_min input_max n_adds task n_letters k'.split())
 
@@ -307,7 +307,7 @@ class Run:
 
     def __init__(self, knobs, world, optimizers):
         self.knobs, self.world, self.folder, self.optimizers = knobs, world, knobs.folder, optimizers
-        self.start, self.best, self.first_step, self.wandb = time.time(), -math.inf, 0, None
+        self.start, self.best, self.first_step, self.wandb, self.shown = time.time(), -math.inf, 0, None, []
         self.writes = world.main and not knobs['eval_only']
         self.resumed = knobs.checkpoint if knobs['init_from'] == 'resume' else None
         try:
@@ -382,7 +382,7 @@ class Run:
         return time.time() - self.start
 
     def steps(self, last):
-        """Steps from first_step to last - 1, with a progress bar, for at most max_seconds."""
+        """Steps from first_step to last - 1, for at most max_seconds."""
         self.bar = tqdm(range(self.first_step, last), initial=self.first_step, total=last,
                         disable=None if self.world.main else True)
         for log, length in self.logs if self.writes else ():
@@ -398,13 +398,14 @@ class Run:
                 yield step
 
     def print(self, text):
-        """Print above the progress bar; coloured on a terminal without NO_COLOR."""
+        """Print, coloured on a terminal without NO_COLOR."""
         if self.world.main:
             tqdm.write(text if sys.stdout.isatty() and not os.environ.get('NO_COLOR') else plain(text))
 
     def sample(self, text, right=None):
-        """Print coloured text, with a tick or cross, and keep it."""
+        """Print and keep coloured text, with a tick or cross."""
         text = printable(text)
+        self.shown.append(text)
         if right is not None:
             text += ' ' + (paint('✓', 'green') if right else paint('✗', 'red'))
         self.print(text)
@@ -440,8 +441,9 @@ class Run:
             fail(f'{what} at step {step}: training diverged, a smaller learning_rate may help{Run.where}')
 
     def report(self, step, **numbers):
-        """Log and print an evaluation; the bar shows its last two numbers."""
+        """Log and print an evaluation; the bar shows two numbers."""
         self.log(step, **numbers)
+        self.shown = []
         shown = {name: f'{value:.4g}' for name, value in numbers.items()}
         self.print(f'step {step}: ' + ', '.join(f'{name} {value}' for name, value in shown.items()))
         self.bar.set_postfix(dict(list(shown.items())[-2:]))
@@ -464,13 +466,13 @@ class Run:
             Run.where = f'; {self.folder}/ckpt.pt of step {step} is whole, --init_from=resume goes on from it'
 
     def save_best(self, step, score, models, **state):
-        """Write best.pt if the score is the highest so far."""
+        """Write best.pt if this score is the best."""
         if score > self.best:
             self.best = score
             self.save(step, models, 'best.pt', **state)
 
     def draw(self, name, page):
-        """Write the HTML that page() returns. If that fails, the run goes on."""
+        """Write the HTML that page() returns, if it can."""
         try:
             if self.writes:
                 write_atomic(self.folder / name, lambda file: file.write(page().encode()))
@@ -478,11 +480,11 @@ class Run:
             self.print(f'no {name}: {error}')
 
     def finish(self, **result):
-        """The last line: one JSON object."""
+        """The last line: JSON."""
         changed = {k: v for k, v in self.knobs.changed.items() if k not in ('init_from', 'out_dir')}
-        line = {'script': self.knobs.script, 'changed': changed, **result,
-                'seconds': round(self.seconds(), 2), 'peak_memory_mb': self.world.peak_memory_mb()}
-        line = json.dumps(line)
+        line = json.dumps({'script': self.knobs.script, 'changed': changed, **result, 'seconds': round(
+            self.seconds(), 2), 'peak_memory_mb': self.world.peak_memory_mb()})
+        self.draw('samples.html', lambda: '<hr>'.join(map(as_html, self.shown)))
         if self.writes:
             self.metrics.close()
             self.samples.close()

@@ -31,8 +31,10 @@ TINY = {
     'supervised_rollout_think': [*OF_TEXT, '--text_len=8', '--batch_size=8', '--eval_sequences=10',
                                  '--thought_kind=token', '--readers=own', '--think_len=1', '--at_once=1',
                                  '--gate=learned'],
-    'rollout_think': [*OF_TEXT, f'--reference={TEXT.name}/judge.pt', '--prefix_len=5', '--text_len=6',
-                      '--batch_size=4', '--group_size=4', '--eval_prefixes=10']}
+    'rollout_think': [
+        *ALL[2:], f'--data={TEXT.name}', '--d_thought_vocab=5', '--warmup_steps=2', '--prefix_len=5',
+        f'--init_from={TEXT.name}/start.pt', f'--reference={TEXT.name}/judge.pt', '--text_len=6',
+        '--batch_size=4', '--group_size=4', '--eval_prefixes=10']}
 
 
 # tiny data in the form that prepare_data.py leaves
@@ -45,11 +47,11 @@ meta = {'tokenizer': 'char', 'characters': characters, 'd_vocab': len(characters
 Path(TEXT.name, 'meta.json').write_text(json.dumps(meta))
 
 torch.manual_seed(0)
-JUDGE = GPT2(ModelConfig(d_vocab=14, block_size=16, n_layer=1, n_head=2, d_model=16))
+JUDGE, START = (GPT2(ModelConfig(d_vocab=14, block_size=16, n_layer=1, n_head=2, d_model=16)) for _ in 'ab')
 EMPTY = {name: kind() for name, kind in utils.CHECKPOINT.items()}
 EMPTY['text'] = {'tokens': utils.fingerprint(json.dumps(characters).encode())}
-for file, name in (('judge', 'model'), ('other', 'other')):
-    torch.save(EMPTY | {'models': {name: utils.pack(JUDGE)}}, f'{TEXT.name}/{file}.pt')
+for file, name, it in (('judge', 'model', JUDGE), ('start', 'model', START), ('other', 'other', JUDGE)):
+    torch.save(EMPTY | {'models': {name: utils.pack(it)}}, f'{TEXT.name}/{file}.pt')
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -79,8 +79,10 @@ def test_what_a_run_leaves(script, train, tmp_path):
         assert set(result['ablation']) == {'own', 'shuffled', 'random', 'constant', 'none'}
         assert result['ablation']['own'] == result[score]
         assert '<think' in (tmp_path / 'a/samples.txt').read_text()
+        assert '<span style="color:darkcyan">&lt;think' in (tmp_path / 'a/samples.html').read_text()
     before = {path.name: path.read_bytes() for path in (tmp_path / 'a').iterdir()}
-    assert sorted(before) == ['.lock', 'best.pt', 'ckpt.pt', 'config.json', 'metrics.jsonl', 'samples.txt']
+    assert sorted(before) == ['.lock', 'best.pt', 'ckpt.pt', 'config.json', 'metrics.jsonl', 'samples.html',
+                              'samples.txt']
     config = json.loads(before['config.json'])
     assert config['knobs']['seed'] == 3 and config['torch'] == torch.__version__ and 'commit' in config
     assert [line['step'] for line in metrics(tmp_path / 'a')] == [0, 0, 1, 2, 3, 3, 4, 5, 6]
@@ -585,7 +587,7 @@ def test_a_killed_worker_is_started_again_and_goes_on(train, tmp_path):
 
 BAD = {
     'of every script': {
-        '--d_modle=32': 'nearest is --d_model', 'd_model=32': 'not of the form --name=value',
+        '--batch_sise=2': 'nearest is --batch_size', 'seed=3': 'not of the form --name=value',
         '--eval_only=yes': 'must be True or False', '--max_steps=2.5': 'must be an integer',
         '--max_steps=0': 'must be between 1', '--learning_rate=nan': 'must be between 0',
         '--seed=99999999999999999999': 'must be between 0', '--out_dir=\a': 'cannot be printed',
@@ -625,7 +627,8 @@ BAD = {
         '--thought_kind=continuous --think_len=2 --at_once=2 --d_thought_vocab=6': '--at_once=1',
         '--reference=nowhere.pt': 'no checkpoint nowhere.pt', '--beta2=1': 'must be between 0',
         f'--reference={TEXT.name}/other.pt': "no model called model, but ['other']"},
-    'rollout_think': {'--group_size=1': 'must be at least 2', '--reference=': 'needs a --reference'}}
+    'rollout_think': {'--group_size=1': 'must be at least 2', '--reference=': 'a --reference',
+                      '--n_head=3': 'unknown knob', '--d_model=1048576': 'unknown knob'}}
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
