@@ -617,7 +617,7 @@ HF_FIXED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm
 
 
 def from_pretrained(source):
-    """A GPT2 with the weights of a Hugging Face GPT-2: a folder, or a hub name. Raises ValueError."""
+    """A GPT2 with the weights of a Hugging Face GPT-2: a folder or hub name. Raises ValueError."""
     transformers = need('transformers', 'to load pretrained weights')
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -631,7 +631,7 @@ def from_pretrained(source):
         state = {name.removeprefix('transformer.'): p for name, p in theirs.state_dict().items()}
         model.load_state_dict({k: p.t() if k.endswith(HF_TRANSPOSED) else p for k, p in state.items()})
     except Exception as error:  # of many kinds
-        raise ValueError(f'no GPT-2 weights at {source}: {error}') from error
+        raise ValueError(f'no GPT-2 weights at {source} (transformers>=4.56): {error}') from error
     return model
 
 
