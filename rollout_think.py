@@ -6,7 +6,6 @@ Text: whole rollouts. A model goes on from a real text, thinking where it likes,
     python supervised_rollout_think.py --think_len=0    # a model to start from
     python rollout_think.py --init_from=out/supervised_rollout_think/think_len=0/ckpt.pt --reference=<better>
     python rollout_think.py --init_from=... --reference=... --think_len=0   # the control
-    python rollout_think.py --data=data/novels --init_from=gpt2 --reference=gpt2-xl
     torchrun --standalone --nproc_per_node=2 rollout_think.py --init_from=... --reference=...
     python rollout_think.py --reward=math --data=data/problems --init_from=HuggingFaceTB/SmolLM2-135M-Instruct
 
@@ -46,9 +45,9 @@ from utils import (Run, World, advantages, concentration, fail, fingerprint, loa
 reward = 'text'               # 'text' | 'math': what pays, a reference model or right answers
 data = 'data/shakespeare_char'    # folder that prepare_data.py made; math: or one file of problems
 levels = ''                   # math: difficulties, separated by commas; empty: all
-format_weight = .1            # math: what the right form is paid; the right answer is paid 1
-micro_batch = 32              # math: solutions that are read at once for the gradient; 0: all of a process
-reference = ''                # who judges: a checkpoint, or the folder or hub name of a GPT-2
+format_weight = .1            # math: what the form is paid; a right answer is paid 1
+micro_batch = 32              # math: solutions read at once for the gradient; 0: all of a process
+reference = ''                # who judges: a checkpoint, or a GPT-2's folder or hub name
 prefix_len = 32               # tokens of real text to go on from
 text_len = 32                 # normal tokens that are written; math: at most
 batch_size = 8                # prefixes or problems per step, over all processes
@@ -64,13 +63,13 @@ think_len = 1                 # T: largest number of thoughts before a normal to
 fixed = False                 # always T thoughts before a normal token
 advantage = 'dr_grpo'         # 'dr_grpo' | 'grpo' | 'rloo' | 'quantile' | 'softmax' | 'softmax_quantile' |
                               # 'softmax_centred' | 'best': see utils.py
-tau = 1.                      # temperature of the three softmax
+tau = 1.                      # of softmax
 gamma = .9                    # share of its return that a normal token passes on to the one before
 entropy_weight = 1.           # reward for entropy: times a normal token's own -log p
 supervised_weight = 0.        # of the cross-entropy of the real continuation, with own thoughts inside
 temperature = 1.              # of rollouts
 eval_every = 50               # steps between evaluations, each with a checkpoint and samples
-eval_prefixes = 128           # prefixes or problems per evaluation, evenly from all of val
+eval_prefixes = 128           # prefixes or problems per evaluation, evenly from val
 log_every = 1                 # steps between lines of metrics.jsonl
 seed = 0                      # of weights, prefixes and rollouts
 device = 'auto'               # auto, cpu, cuda, cuda:1, mps
@@ -87,7 +86,7 @@ knobs = read_knobs(__file__, globals(), pretrained=True)
 if group_size < 2:
     fail(f'rollouts of a prefix are compared: group_size={group_size} must be at least 2')
 if init_from == 'scratch' or reward == 'text' and not reference:
-    fail('it needs a model to start from, --init_from, and with --reward=text a --reference')
+    fail('it needs a model to start from, --init_from; --reward=text a --reference, too')
 world, G = World(knobs), group_size
 
 # ---- text: data and models ----
@@ -120,7 +119,7 @@ if reward == 'text':
 # ---- text: what is written, and what it is paid ----
 
 def write(prefix, noise, text=None):
-    """Rollouts (N, T) of prefixes (B, prefix_len) by noise (N, longest); with given text (N, n) if any."""
+    """Rollouts (N, T) of prefixes (B, prefix_len) by noise (N, longest), perhaps of text (N, n)."""
     return model.write(prefix, text_len, think_len, fixed=fixed, n_rollouts=len(noise) // len(prefix),
                        noise=noise, text=text, temperature=temperature)
 
@@ -137,7 +136,7 @@ def read(prefix, tokens, temperature=1.):
     tokens = tokens[:, :(tokens != config.end_thought).any(0).sum()]    # T: until all have ended
     states = model.hidden(torch.cat([prefix, tokens[:, :-1]], dim=1))[:, prefix_len - 1:]
     logits, normal = model.logits(states, config.writes).float() / temperature, tokens < d_vocab
-    # a rollout's tokens: among all that were allowed after so many thoughts
+    # a rollout's tokens: among all that were allowed there
     t = torch.arange(tokens.shape[1], device=tokens.device)
     n_thoughts = t - torch.where(normal, t, -1).cummax(1).values  # (N, T) since the last normal token
     may = model.allowed(F.pad(n_thoughts, (1, -1)), think_len, fixed)
@@ -157,7 +156,7 @@ def pay(prefix, text, own):
 
 
 def text_losses(batch, dice):
-    """The loss for prefixes and how they really go on, see cut, and what to log. dice: see training."""
+    """The loss for prefixes and real continuations, and what to log. dice: see training."""
     (prefix, real), (noise, noise_real) = batch, dice
     tokens, many = write(prefix, noise), prefix.repeat_interleave(G, dim=0)  # (N, T), N = B G
     log_pi, own, entropy = read(many, tokens, temperature)  # (N, T), (N, n), (N, n)
@@ -168,7 +167,6 @@ def text_losses(batch, dice):
         weights = advantages(groups, advantage, tau).view(-1, text_len, G).transpose(1, 2).flatten(0, 1)
     loss = -(weights.gather(1, place) * log_pi).sum() / (len(prefix) * text_len)
     seen = {'reward': log_p, 'entropy': entropy.detach().mean(),
-            'reward_std_in_group': groups.std(1, correction=0).mean(),
             'thoughts': ((tokens != config.end_thought).sum() - text.numel()) / text.numel()}
     if supervised_weight:
         supervised = -read(prefix, write_real(prefix, noise_real, real))[1].mean()
@@ -179,7 +177,7 @@ def text_losses(batch, dice):
 # ---- text: evaluation ----
 
 def describe(text):
-    """Loss of texts (eval_prefixes, n) by the reference, nats per token; how varied they are."""
+    """Loss of texts (eval_prefixes, n) by the reference, nats per token; their variety."""
     loss = -judge.log_probs(val_prefix, text, range(d_vocab))[0].mean().item()
     runs = text.unfold(1, min(4, text_len), 1).flatten(0, 1)
     return {'val_loss': loss, 'perplexity': math.exp(min(loss, 700)),    # which fits into a number
@@ -188,7 +186,7 @@ def describe(text):
 
 @torch.no_grad()
 def evaluate_texts(step):
-    """Report on val, show three texts, keep the best checkpoint. Returns what belongs on the last line."""
+    """Report on val, show three texts, keep the best checkpoint. Returns the last line's numbers."""
     torch.manual_seed(seed)
     noise, other = torch.rand(2, eval_prefixes, longest, device=world.device)
     rollouts = partial(model.write, val_prefix, text_len, think_len, fixed=fixed, noise=noise)
@@ -211,72 +209,76 @@ def evaluate_texts(step):
 
 # ---- problems: grading, data and model ----
 
-HELD = r'(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*'
-BOX = re.compile(rf'\\(?:boxed|fbox)\s*(?:\{{({HELD})\}}|([^\s{{}}$]+))')
-NUMBER = r'(?:(?<![\w.)}])[+-]\s*)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?'
+HELD = '[^{}]*'
+for _ in range(6):      # braces within braces
+    HELD = rf'(?:[^{{}}]|\{{{HELD}\}})*'
+BOX = re.compile(rf'\\(?:boxed|fbox)\s*(?:\{{({HELD})\}}|([-+\\\d][^\s{{}}$\\]*))')
+SIGN = r'(?<![\w.)}])(?<![\d)}] )[+-]\s*'       # not behind a number
+NUMBER = rf'(?:{SIGN})?(?:\d+\s+(?=\d+/))?(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?'
+UNIT = r'(?<=\d)(?!\s*(\w+illion|thousand|hundred|dozen|percent))(\s+[a-zA-Z]{2,})+(\^\{?[23]\}?)?$'
 
 
 def final(text, which=0):
-    """A text's answer: what its first (or -1: last) complete box holds, or follows ####, or all; if boxed."""
+    """A text's answer: in its first (-1: last) complete box, else after ####, else all; whether in a box."""
     in_box = False
-    while boxes := BOX.findall(text):       # a box in a box, too
+    while boxes := BOX.findall(text):       # boxes in boxes
         text, in_box = ''.join(boxes[which]), True
     return text if in_box else text.rpartition('####')[2], in_box
 
 
 def simplify(text):
-    """A text with fractions as 1/2 and minus signs as -, without units, dollar signs, x = before it."""
+    """A text without units, dollar signs, a leading x =; fractions as 1/2, minus signs as -."""
+    text = text.replace('−', '-').replace('{,}', ',').replace('\\!', '')
     text = re.sub(r'\\[dt]?frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))', r' \1\2/\3\4', text)
-    text = re.sub(r'\\!\s*', '', text.replace('−', '-').replace('{,}', ','))
-    unit = r'\\(text|mathrm)\s*\{[^{}\d]*\}|\\?\$|\\[,;: ]|\^?\{?\\circ\}?|^\s*\w\s*='
-    return re.sub(unit, ' ', text).strip().rstrip('.')
+    text = re.sub(r'\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}', r' \1', text)
+    text = re.sub(r'\\?[$£€°~]|\\[,;: ]|\^?\{?\\circ\}?|^\s*\w\s*=', ' ', text)
+    return re.sub(UNIT, '', text.strip().rstrip('.,'))
 
 
 def number(text):
-    """A Fraction if a text is just a number, as 1,018, -3.5, \\frac{36}{2} or x = $18; else None."""
+    """A Fraction if a text is just a number, as 1,018, -3.5, \\frac{36}{2}, 1 1/2 or x = $18; else None."""
     if re.fullmatch(NUMBER, text := simplify(text)):
         with suppress(ValueError, ZeroDivisionError):       # too many digits, n/0
-            return Fraction(re.sub(r'[\s,]', '', text))
+            size = sum(map(Fraction, text.strip('+-').replace(',', '').split()))
+            return -size if '-' in text else size
 
 
 def grade(solution, answer):
-    """Whether a solution gives the answer, in its first box or as last number; whether it has a box. An
-    integer must be given as a number, or a model is paid for copying a sum into the box. Other answers are
-    left to math-verify, for two seconds at most."""
+    """Whether a solution gives the answer, in its first box, else after ####, else as its last number; and
+    whether it has a box. A number must be given as one, or copying a sum into the box would pay. Other
+    answers are left to math-verify, with limits of two seconds."""
     (given, formed), (wanted, _) = final(solution), final(answer, -1)
     if not formed:
         given = ['', *re.findall(NUMBER, simplify(given))][-1]
-    value, truth = number(given), number(wanted)
-    if value == truth is not None or truth is not None and truth.denominator == 1:
-        return value == truth, formed
-    math_verify = need('math_verify', 'to compare answers that are no integers')
+    if (truth := number(wanted)) is not None:
+        return number(given) == truth, formed
+    math_verify = need('math_verify', 'to compare answers that are not numbers')
     logging.getLogger('math_verify').setLevel('CRITICAL')   # no warnings
-    if not given.strip() or len(given) > 300:
-        return False, formed
-    wanted, given = (math_verify.parse(f'\\boxed{{{text.strip(" $")}}}', parsing_timeout=2)
-                     for text in (wanted, given))
-    return math_verify.verify(wanted, given, timeout_seconds=2), formed
+    boxes = (f'\\boxed{{{text.strip(" $")}}}' for text in (wanted, given * (len(given) <= 300)))
+    parsed = [math_verify.parse(box, parsing_timeout=2) for box in boxes]
+    return math_verify.verify(*parsed, timeout_seconds=2), formed
 
 
 def load_problems(path):
-    """Problems {question, answer, level} of the wanted levels: JSON lines of our form, GSM8K's or MATH's."""
+    """Problems {question, answer, level} of the wanted levels, from JSON lines as ours, GSM8K's or MATH's."""
     problems = []
-    for n, line in enumerate(path.read_text(encoding='utf-8-sig').split('\n'), 1):
+    for n, line in enumerate(path.read_bytes().split(b'\n'), 1):
         try:
-            row = json.loads(line) if line.strip() else {}
+            row = json.loads(line or b'{}')
             question, given = row.get('question', row.get('problem')), row.get('answer')
             answer, in_box = final(str(row.get('solution') if given is None else given), -1)
-            if row and not (isinstance(question, str) and answer.strip() and (in_box or given is not None)):
-                raise ValueError('it needs a question or problem, an answer or a solution with \\boxed{}')
+            known = in_box or type(given) in (str, int, float)
+            if row and not (isinstance(question, str) and answer.strip() and known):
+                raise ValueError('it needs question or problem; answer, or solution with \\boxed{}')
         except (ValueError, AttributeError, RecursionError) as error:
-            fail(f'{path}, line {n} is no problem: {error}')
+            fail(f'{path}, line {n} is not a problem: {error}')
         level = str(row.get('level', '')).removeprefix('Level ')
         problems += [{'question': question, 'answer': answer.strip(), 'level': level}] if row else []
     found = sorted({problem['level'] for problem in problems})
-    wanted = levels.replace(' ', '').split(',') if levels else found
+    wanted = [level.strip() for level in levels.split(',')] if levels else found
     problems = sorted((row for row in problems if row['level'] in wanted), key=lambda row: row['level'])
     if len(problems) < 2:
-        fail(f'{path} has no two problems of levels={levels}; its levels are {", ".join(found) or "none"}')
+        fail(f'{path} has no two problems of levels={levels}; it has {", ".join(found)}')
     return problems
 
 
@@ -288,7 +290,7 @@ TURNS = [   # examples show the form: the smallest models do not get it from the
 
 
 def ask(problems):
-    """What the model is asked: tokens (B, S), padded in front, and which of them are no padding (B, S)."""
+    """What the model is asked: tokens (B, S), padded in front; which are not padding (B, S)."""
     texts, template = [], tokenizer.chat_template
     for problem in problems:
         turns = [*TURNS, problem['question']]
@@ -304,15 +306,14 @@ if reward == 'math':
     path = Path(data)
     train_set = load_problems(path / 'train.jsonl' if path.is_dir() else path)
     tests = [file for file in (path / 'val.jsonl', path / 'test.jsonl') if file.exists()]
-    val_set = load_problems(tests[0]) if tests else train_set[::10]
-    if not tests:       # every tenth is held out
-        del train_set[::10]
-    known, n_val = {row['question'] for row in train_set}, len(val_set)
-    val_set = [row for row in val_set if row['question'] not in known]
+    val_set = load_problems(tests[0]) if tests else train_set[::10]     # every tenth is held out
+    train_set = train_set if tests else [row for i, row in enumerate(train_set) if i % 10]
+    known, n_val = {row['question'].strip() for row in train_set}, len(val_set)
+    val_set = [row for row in val_set if row['question'].strip() not in known]
     if not val_set:
-        fail(f'{data} has no problems of val but those in train')
+        fail(f'all problems of val in {data} are also in train')
     if len(val_set) < n_val and world.main:
-        print(f'{n_val - len(val_set)} of {n_val} problems of val are in train: left out')
+        print(f'{n_val - len(val_set)} of {n_val} problems of val are also in train: left out')
     knobs.text = {'data': fingerprint(json.dumps(train_set).encode())}
     if init_from == 'resume' and knobs.checkpoint['text'] != knobs.text:
         fail(f'{data} is not what the checkpoint was trained on')
@@ -327,42 +328,41 @@ if reward == 'math':
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
         model.load_state_dict(packed.get('state', model.state_dict()))
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        parts = [ask(part[i:i + 999])[0] for part in (train_set, val_set) for i in range(0, len(part), 999)]
-        assert all(map(torch.numel, parts)), 'no files of a tokenizer'
-        n_asked, last = max(x.shape[1] for x in parts), max(tokenizer.pad_token_id, *(x.max() for x in parts))
-        # a solution ends with its text, or with its turn in a chat
-        ends = model.generation_config.eos_token_id
-        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        if tokenizer.chat_template:
+        ends, closing = model.generation_config.eos_token_id, set()
+        if tokenizer.chat_template:     # what closes a turn
             chat = [{'role': role, 'content': '?'} for role in ('user', 'assistant')]
-            closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition('?')[2]
+            behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition('?')[2]
             added = tokenizer.added_tokens_decoder.items()
-            ends |= {i for i, token in added if token.special and token.content in closing}
+            closing = {i for i, token in added if (token.content.strip() or '?') in behind}
+        ends = closing | {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        assert ends, 'its tokenizer has no end token'
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(min(ends))
+        parts = [ask(part[i:i + 999])[0] for part in (train_set, val_set) for i in range(0, len(part), 999)]
+        assert all(map(torch.numel, parts)), 'no tokenizer'
+        last = max(*ends, tokenizer.pad_token_id, *(part.max() for part in parts))
     except Exception as error:      # of many kinds
-        fail(f'transformers (4.56 or later) finds no model at {init_from}: {error}')
+        fail(f'cannot use {init_from} with transformers (4.56 or later): {error}')
     models = {'model': {'source': packed['source'], 'state': model.to(world.device).state_dict()}}
     longest, n_cut, room = text_len, 0, getattr(model.config, 'max_position_embeddings', math.inf)
-    n_read, n_tokens = n_asked + text_len, model.get_input_embeddings().num_embeddings
-    if n_read > room or last >= n_tokens:
-        fail(f'{init_from} reads {room} of {n_tokens} tokens, problems with solutions {n_read} of {last + 1}')
-    # greedy, as solve samples on its own, and without its makers' settings
-    model.generation_config = transformers.GenerationConfig(
+    n_read, d_vocab = max(x.shape[1] for x in parts) + text_len, model.get_input_embeddings().num_embeddings
+    if n_read > room or last >= d_vocab:
+        fail(f'{init_from} reads {room} tokens and knows {d_vocab}; problems have {n_read} of {last + 1}')
+    model.generation_config = transformers.GenerationConfig(    # greedy: solve samples itself
         max_new_tokens=text_len, do_sample=False, pad_token_id=min(ends), eos_token_id=sorted(ends))
 
 
 @torch.no_grad()
 def solve(asked, given, noise=None):
-    """Solutions, by noise (N, text_len) or greedy: tokens, no padding (N, T); texts; without an end (N,)."""
+    """Solutions drawn with noise (N, text_len), else greedy: tokens, mask (N, T); texts; endless (N,)."""
     def draw_token(ids, logits):
         token = sample(logits, noise[:, ids.shape[1] - asked.shape[1]], temperature)
         return torch.full_like(logits, -torch.inf).scatter(1, token[:, None], 0.)
     tokens = model.generate(input_ids=asked, attention_mask=given,
                             logits_processor=None if noise is None else [draw_token])[:, asked.shape[1]:]
-    torch.clear_autocast_cache()        # weights that were cast here have no gradient
+    torch.clear_autocast_cache()        # casts made here carry no gradient
     stop = model.generation_config.eos_token_id
     ends = torch.isin(tokens, torch.tensor(stop, device=world.device))
-    if not tokenizer.chat_template:     # another example would begin after an empty line
+    if not closing:     # another example would begin after an empty line
         pairs = torch.stack([F.pad(tokens, (1, -1), value=stop[0]), tokens], dim=-1).flatten(0, 1)
         empty = torch.tensor(['\n\n' in text for text in tokenizer.batch_decode(pairs)], device=world.device)
         ends |= empty.view(tokens.shape)
@@ -372,7 +372,7 @@ def solve(asked, given, noise=None):
 
 
 def solution_log_probs(asked, given, tokens, mask):
-    """Log-probabilities (N, T), with gradient, of solutions, at the temperature of sampling; 0 at padding."""
+    """Log-probabilities (N, T), with gradient, of solutions, at the temperature of sampling; 0 after ends."""
     ids, seen = torch.cat([asked, tokens], dim=1), torch.cat([given, mask], dim=1)  # (N, S + T)
     logits = model(input_ids=ids, attention_mask=seen.long(), position_ids=(seen.cumsum(1) - 1).clamp(min=0),
                    logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]  # (N, T, V)
@@ -387,7 +387,7 @@ def problem_losses(problems, dice):
     grades = [grade(text, problems[n // G]['answer']) for n, text in enumerate(texts)]
     right, formed = torch.tensor(grades, device=world.device).float().T  # (N,)
     weights = advantages((right + format_weight * formed).view(-1, G), advantage, tau)  # (B, G)
-    # each part is read here, and again for its gradient, so that only one is in memory
+    # each part is read again for its gradient, so that only one at a time is in memory
     parts = zip(*(x.split(micro_batch or len(x)) for x in (asked, given, tokens, mask)))
     log_pi = torch.cat([checkpoint(solution_log_probs, *part, use_reentrant=False, preserve_rng_state=False)
                         for part in parts])  # (N, T)
@@ -399,7 +399,7 @@ def problem_losses(problems, dice):
 
 
 def evaluate_problems(step):
-    """Report on val, show solutions, keep the best checkpoint. Returns what belongs on the last line."""
+    """Report on val, show solutions, keep the best checkpoint. Returns the last line's numbers."""
     tried = [val_set[i] for i in torch.linspace(0, len(val_set) - 1, eval_prefixes).long()]
     texts, endless = [], 0
     for i in range(0, len(tried), batch_size * G):

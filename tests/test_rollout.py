@@ -210,7 +210,7 @@ def test_problems_resume_bit_for_bit(of_math, run_here, tmp_path, monkeypatch):
     assert metrics(tmp_path / 'broken') == metrics(tmp_path / 'whole')
     assert len(metrics(tmp_path / 'whole')) == 9
     assert_close(weights(tmp_path / 'broken'), weights(tmp_path / 'whole'), atol=0, rtol=0)
-    refused(run_here, 'finds no model at', f'--init_from={TEXT.name}/judge.pt')
+    refused(run_here, 'cannot use', f'--init_from={TEXT.name}/judge.pt')
     monkeypatch.undo()
     refused(run_here, 'is not what --init_from=', f'--init_from={tmp_path}/whole/ckpt.pt')
 
@@ -240,15 +240,15 @@ def test_problems_of_math_and_gsm8k_are_read(of_math, script, run_here, tmp_path
     names = script(f'--data={tmp_path}/math.jsonl', '--levels=4, 5')
     levels = [[row['level'] for row in names[part]] for part in ('train_set', 'val_set')]
     assert [sorted(set(part)) for part in levels] == [['4', '5']] * 2 and list(map(len, levels)) == [12, 2]
-    for line, message in (('{"question": "?"', 'line 3 is no problem: Expecting'),
-                          ('{"question": "?", "answer": null}', 'line 3 is no problem: it needs'),
-                          ('', 'no two problems of levels=7; its levels are 4')):
+    for line, message in (('{"question": "?"', 'line 3 is not a problem: Expecting'),
+                          ('{"question": "?", "answer": null}', 'line 3 is not a problem: it needs'),
+                          ('', 'no two problems of levels=7; it has 4')):
         (tmp_path / 'bad.jsonl').write_text(f'{json.dumps(hard)}\n\n{line}\n')
         refused(run_here, message, f'--data={tmp_path}/bad.jsonl', '--levels=7')
     for knob, message in (('data=nowhere', 'No such file'),
                           ('init_from=scratch', 'needs a model to'),
-                          ('text_len=3000', 'reads 2048 of 9 tokens'),
-                          (f'init_from={tmp_path}/no', 'finds no model')):
+                          ('text_len=3000', 'reads 2048 tokens'),
+                          (f'init_from={tmp_path}/no', 'cannot use')):
         refused(run_here, message, f'--{knob}')
 
 
@@ -259,7 +259,7 @@ def test_answers_are_graded(of_math, script):
     for line in (Path(__file__).parent / 'answers.txt').read_text(encoding='utf-8').splitlines():
         verdict, answer, solution = line.split(' | ')
         assert ''.join(str(int(x)) for x in grade(solution, answer)) == verdict, line
-    for text in ('{' * 10**5 + '}' * 10**5, '\\boxed{' * 25000, '\\boxed{9^{9^{9^9}}}', '1+' * 10**5):
+    for text in ('{' * 10**5 + '}' * 10**5, '\\boxed' * 25000, '\\boxed{9^{9^{9^9}}}', '1+' * 10**5):
         for answer in ('18', '\\sqrt{2}'):
             began = time.time()
             assert not grade(text, answer)[0] and time.time() - began < 5
@@ -287,16 +287,16 @@ def test_what_does_not_fit_a_solver(of_math, run_here, solver, tmp_path, monkeyp
         (tmp_path / 'some.jsonl').write_text('\n'.join(
             json.dumps({'question': question, 'answer': answer}) for question, answer in rows))
         return f'--data={tmp_path}/some.jsonl', f'--out_dir={tmp_path}/a'
-    refused(run_here, '2048 of 9 tokens, problems with solutions 49 of 10', f'--init_from={solver}/padded')
+    refused(run_here, 'knows 9; problems have 49 of 10', f'--init_from={solver}/padded')
     save_pretrained(GPT2(ModelConfig(50, 512, 1, 2, 16)), tmp_path)
-    refused(run_here, 'no files of a tokenizer', f'--init_from={tmp_path}')
-    long = [('1' * n, '2') for n in (*range(9), 3000, 9)]
-    refused(run_here, 'reads 2048 of 9 tokens, problems with solutions 3', *problems(long))
-    refused(run_here, 'has no problems of val but', *problems([('1', '2')] * 40))
+    refused(run_here, 'no tokenizer', f'--init_from={tmp_path}')
+    long = [('1' * n, '2') for n in (*range(10), 3000)]  # the last is for val
+    refused(run_here, 'reads 2048 tokens and knows 9; problems have 3', *problems(long))
+    refused(run_here, 'are also in train', *problems([('1', '2')] * 40))
     code, out, err = run_here(SCRIPT, *problems((str(i % 25), '2') for i in range(40)))
-    assert code == 0 and out.startswith('3 of 4 problems of val are in train: left'), err
+    assert code == 0 and out.startswith('3 of 4 problems of val are also in train: left'), err
     monkeypatch.setitem(sys.modules, 'math_verify', None)
-    refused(run_here, 'math_verify is needed', *problems((str(i), '1/2') for i in range(20)))
+    refused(run_here, 'math_verify is needed', *problems((str(i), '\\pi') for i in range(20)))
 
 
 def test_a_model_cannot_run_code(of_math, run_here, solver, tmp_path, monkeypatch):
@@ -306,7 +306,7 @@ def test_a_model_cannot_run_code(of_math, run_here, solver, tmp_path, monkeypatc
     (tmp_path / 'llama/config.json').write_text(json.dumps(config))
     (tmp_path / 'llama/code.py').write_text(f'open("{tmp_path}/harm", "w")')
     monkeypatch.setattr('builtins.input', lambda *_: 'y')
-    refused(run_here, 'finds no model', f'--init_from={tmp_path}/llama')
+    refused(run_here, 'cannot use', f'--init_from={tmp_path}/llama')
     refused(run_here, 'no GPT-2 weights', '--reward=text', f'--data={TEXT.name}', '--reference=x',
             f'--init_from={tmp_path}/llama')
     assert not (tmp_path / 'harm').exists()
