@@ -213,7 +213,7 @@ HELD = '[^{}]*'
 for _ in range(6):      # braces within braces
     HELD = rf'(?:[^{{}}]|\{{{HELD}\}})*'
 BOX = re.compile(rf'\\(?:boxed|fbox)\s*(?:\{{({HELD})\}}|([-+\\\d][^\s{{}}$\\]*))')
-SIGN = r'(?<![\w.)}])(?<![\d)}] )[+-]\s*'       # not behind a number
+SIGN = r'(?<![\w.)}])(?<![\d)}] )[+-]\s*'
 NUMBER = rf'(?:{SIGN})?(?:\d+\s+(?=\d+/))?(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?'
 UNIT = r'(?<=\d)(?!\s*(\w+illion|thousand|hundred|dozen|percent))(\s+[a-zA-Z]{2,})+(\^\{?[23]\}?)?$'
 
@@ -221,7 +221,7 @@ UNIT = r'(?<=\d)(?!\s*(\w+illion|thousand|hundred|dozen|percent))(\s+[a-zA-Z]{2,
 def final(text, which=0):
     """A text's answer: in its first (-1: last) complete box, else after ####, else all; whether in a box."""
     in_box = False
-    while boxes := BOX.findall(text):       # boxes in boxes
+    while boxes := BOX.findall(text):
         text, in_box = ''.join(boxes[which]), True
     return text if in_box else text.rpartition('####')[2], in_box
 
@@ -229,31 +229,31 @@ def final(text, which=0):
 def simplify(text):
     """A text without units, dollar signs, a leading x =; fractions as 1/2, minus signs as -."""
     text = text.replace('−', '-').replace('{,}', ',').replace('\\!', '')
-    text = re.sub(r'\\[dt]?frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))', r' \1\2/\3\4', text)
-    text = re.sub(r'\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}', r' \1', text)
-    text = re.sub(r'\\?[$£€°~]|\\[,;: ]|\^?\{?\\circ\}?|^\s*\w\s*=', ' ', text)
+    text = re.sub(r'\\[cdt]?frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))', r' \1\2/\3\4', text)
+    text = re.sub(r'\\(?:text\w*|mathrm|mbox)\s*\{([^{}]*)\}', r' \1', text)
+    text = re.sub(r'\\?[$£€°]|\\[,;: ]|\^?\{?\\circ\}?|^\s*\w\s*=', ' ', text)
     return re.sub(UNIT, '', text.strip().rstrip('.,'))
 
 
 def number(text):
-    """A Fraction if a text is just a number, as 1,018, -3.5, \\frac{36}{2}, 1 1/2 or x = $18; else None."""
+    """A Fraction if a text is just a number, as 1,018, -3.5, \\frac{1}{2}, 1 1/2, x = $18; or None."""
     if re.fullmatch(NUMBER, text := simplify(text)):
-        with suppress(ValueError, ZeroDivisionError):       # too many digits, n/0
+        with suppress(ValueError, ZeroDivisionError):   # n/0
             size = sum(map(Fraction, text.strip('+-').replace(',', '').split()))
             return -size if '-' in text else size
 
 
 def grade(solution, answer):
     """Whether a solution gives the answer, in its first box, else after ####, else as its last number; and
-    whether it has a box. A number must be given as one, or copying a sum into the box would pay. Other
-    answers are left to math-verify, with limits of two seconds."""
+    whether it has a box. A sum is wrong for a number, or copying it would pay. What is not an integer is
+    left to math-verify, with two-second limits."""
     (given, formed), (wanted, _) = final(solution), final(answer, -1)
-    if not formed:
-        given = ['', *re.findall(NUMBER, simplify(given))][-1]
-    if (truth := number(wanted)) is not None:
-        return number(given) == truth, formed
-    math_verify = need('math_verify', 'to compare answers that are not numbers')
-    logging.getLogger('math_verify').setLevel('CRITICAL')   # no warnings
+    given = given if formed else ['', *re.findall(NUMBER, simplify(given))][-1]
+    value, truth = number(given), number(wanted)
+    if truth is not None and (truth in (value, int(truth)) or re.search(r'\d\s*([-+*]|\\[ct])', given)):
+        return value == truth, formed
+    math_verify = need('math_verify', 'to compare answers that are not integers')
+    logging.getLogger('math_verify').setLevel('CRITICAL')
     boxes = (f'\\boxed{{{text.strip(" $")}}}' for text in (wanted, given * (len(given) <= 300)))
     parsed = [math_verify.parse(box, parsing_timeout=2) for box in boxes]
     return math_verify.verify(*parsed, timeout_seconds=2), formed

@@ -226,7 +226,7 @@ class World:
         return whole
 
     def mean_gradients(self, parameters):
-        """Average gradients over processes, in place."""
+        """Average gradients over processes."""
         if self.size > 1:
             grads = [p.grad for p in parameters if p.grad is not None]
             flat = torch.nn.utils.parameters_to_vector(grads)
@@ -234,7 +234,7 @@ class World:
             torch.nn.utils.vector_to_parameters(flat / self.size, grads)
 
     def peak_memory_mb(self):
-        """The most memory used so far, on a GPU the GPU's."""
+        """The most memory used so far, a GPU's if any."""
         if self.device.type == 'cuda':
             return round(torch.cuda.max_memory_allocated() / 2**20)
         with suppress(ImportError):  # on Windows
@@ -247,7 +247,7 @@ class World:
 def write_atomic(path, write):
     """Let write(file) fill a new binary file, then rename it: path is never half-written."""
     temporary = path.with_name(path.name + '.tmp')
-    temporary.unlink(missing_ok=True)  # of a killed run
+    temporary.unlink(missing_ok=True)
     try:
         with open(temporary, 'xb') as file:  # x: follows no link
             write(file)
@@ -262,7 +262,7 @@ def write_atomic(path, write):
 
 
 def lock(folder):
-    """Make and lock a folder, as one program at a time may write to it. Returns the lock."""
+    """Make and lock a folder, for one program at a time. Returns the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(folder / '.lock', timeout=0)
     held.acquire()
@@ -378,7 +378,7 @@ class Run:
                                           config=dict(self.knobs), dir=self.folder, **same)
 
     def seconds(self):
-        """Seconds of this run, before it was resumed too."""
+        """Seconds of this run, also before a resume."""
         return time.time() - self.start
 
     def steps(self, last):
@@ -484,7 +484,7 @@ class Run:
         changed = {k: v for k, v in self.knobs.changed.items() if k not in ('init_from', 'out_dir')}
         line = json.dumps({'script': self.knobs.script, 'changed': changed, **result, 'seconds': round(
             self.seconds(), 2), 'peak_memory_mb': self.world.peak_memory_mb()})
-        self.draw('samples.html', lambda: '<hr>'.join(map(as_html, self.shown)))
+        self.draw('samples.html', lambda: '<meta charset=utf-8>' + '<hr>'.join(map(as_html, self.shown)))
         if self.writes:
             self.metrics.close()
             self.samples.close()
@@ -815,7 +815,7 @@ def as_html(text):
     text = html.escape(text).replace('\033[0m', '</span>')
     for colour, number in COLOURS.items():
         text = text.replace(f'\033[{number}m', f'<span style="color:dark{colour}">')
-    return f'<div style="white-space:pre-wrap">{text}</div>'
+    return f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{text}</div>'
 
 
 def show_tokens(tokens, config, decode, between=' '):
