@@ -254,10 +254,10 @@ def write_atomic(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException as error:  # or behind torch's
         temporary.unlink(missing_ok=True)
-        error = error.__context__ if isinstance(error.__context__, OSError) else error  # behind torch's
-        error.filename = str(path)  # for excepthook
+        error = error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error
+        error.filename = str(path)
         raise error
 
 
