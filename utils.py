@@ -254,7 +254,7 @@ def write_atomic(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:  # or behind torch's
+    except BaseException as error:  # or torch's cause
         temporary.unlink(missing_ok=True)
         error = error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error
         error.filename = str(path)
