@@ -1,6 +1,6 @@
 """
-Measures every number on the pages: it runs the suites of assets/suites.toml, keeps raw results in
-assets/results/, and writes tables and numbers into README.md and assets/notes/.
+Measures the numbers on the pages, except trials: it runs the suites of assets/suites.toml, keeps raw results
+in assets/results/, and writes tables and numbers into README.md and assets/notes/.
 
     python bench.py                                 # the suite `learning`: rows for this machine, CPU or GPU
     python bench.py --only=digits --seeds=3         # one row of it

@@ -46,7 +46,7 @@ reward = 'text'               # 'text' | 'math': what pays, a reference model or
 data = 'data/shakespeare_char'    # folder that prepare_data.py made; math: or one file of problems
 levels = ''                   # math: difficulties, separated by commas; empty: all
 format_weight = .1            # math: what the form is paid; a right answer is paid 1
-micro_batch = 32              # math: solutions read at once for the gradient; 0: all of a process
+micro_batch = 32              # math: solutions per process read at once for the gradient; 0: all
 reference = ''                # who judges: a checkpoint, or a GPT-2's folder or hub name
 prefix_len = 32               # tokens of real text to go on from
 text_len = 32                 # normal tokens that are written; math: at most
@@ -71,7 +71,7 @@ temperature = 1.              # of rollouts
 eval_every = 50               # steps between evaluations, each with a checkpoint and samples
 eval_prefixes = 128           # prefixes or problems per evaluation, evenly from val
 log_every = 1                 # steps between lines of metrics.jsonl
-seed = 0                      # of weights, prefixes and rollouts
+seed = 0                      # of prefixes, problems and rollouts
 device = 'auto'               # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'             # 'float32' | 'bfloat16'
 compile = False               # write as one CUDA graph of fused kernels: faster, a minute later
@@ -86,7 +86,7 @@ knobs = read_knobs(__file__, globals(), pretrained=True)
 if group_size < 2:
     fail(f'rollouts of a prefix are compared: group_size={group_size} must be at least 2')
 if init_from == 'scratch' or reward == 'text' and not reference:
-    fail('it needs a model to start from, --init_from; --reward=text a --reference, too')
+    fail('it needs a model to start from, --init_from; for text also a --reference')
 world, G = World(knobs), group_size
 
 # ---- text: data and models ----
@@ -245,12 +245,12 @@ def number(text):
 
 def grade(solution, answer):
     """Whether a solution gives the answer, in its first box, else after ####, else as its last number; and
-    whether it has a box. A sum is wrong for a number, or copying it would pay. What is not an integer is
-    left to math-verify, with two-second limits."""
+    whether it has a box. No sum or product gives a number. The rest: math-verify, two seconds each."""
     (given, formed), (wanted, _) = final(solution), final(answer, -1)
     given = given if formed else ['', *re.findall(NUMBER, simplify(given))][-1]
     value, truth = number(given), number(wanted)
-    if truth is not None and (truth in (value, int(truth)) or re.search(r'\d\s*([-+*]|\\[ct])', given)):
+    summed = re.search(r'[\d)}]\s*([-+*×÷]|\\(cd|[dt]i))', simplify(given))
+    if truth is not None and (summed or truth in (value, int(truth))):
         return value == truth, formed
     math_verify = need('math_verify', 'to compare answers that are not integers')
     logging.getLogger('math_verify').setLevel('CRITICAL')
@@ -337,7 +337,7 @@ if reward == 'math':
         ends = closing | {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         assert ends, 'its tokenizer has no end token'
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(min(ends))
-        parts = [ask(part[i:i + 999])[0] for part in (train_set, val_set) for i in range(0, len(part), 999)]
+        parts = [ask(p[i:i + 999])[0].cpu() for p in (train_set, val_set) for i in range(0, len(p), 999)]
         assert all(map(torch.numel, parts)), 'no tokenizer'
         last = max(*ends, tokenizer.pad_token_id, *(part.max() for part in parts))
     except Exception as error:      # of many kinds
@@ -400,7 +400,7 @@ def problem_losses(problems, dice):
 
 def evaluate_problems(step):
     """Report on val, show solutions, keep the best checkpoint. Returns the last line's numbers."""
-    tried = [val_set[i] for i in torch.linspace(0, len(val_set) - 1, eval_prefixes).long()]
+    tried = [val_set[i] for i in torch.linspace(0, len(val_set) - 1, min(eval_prefixes, len(val_set))).long()]
     texts, endless = [], 0
     for i in range(0, len(tried), batch_size * G):
         with world.autocast:

@@ -254,7 +254,7 @@ def write_atomic(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:  # or torch's cause
+    except BaseException as error:  # torch hides it
         temporary.unlink(missing_ok=True)
         error = error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error
         error.filename = str(path)
@@ -405,9 +405,9 @@ class Run:
     def sample(self, text, right=None):
         """Print and keep coloured text, with a tick or cross."""
         text = printable(text)
-        self.shown.append(text)
         if right is not None:
             text += ' ' + (paint('✓', 'green') if right else paint('✗', 'red'))
+        self.shown.append(text)
         self.print(text)
         if self.writes:
             self.samples.write(plain(text) + '\n')
