@@ -13,8 +13,8 @@ or shows it a step in between: it is paid log p(answer | question, thoughts).
 
 Each step: questions of one depth, that is, number of operations; G rollouts of thoughts each; cross-entropy
 on answers, and the policy gradient on thoughts with the group's mean as baseline (Dr. GRPO, Liu et al. 2025),
-without clipping, KL term or importance weights, as each rollout is used once. Questions get deeper if enough
-answers are right: the answer at one depth is a useful thought at the next.
+without clipping, KL term or importance weights, as each rollout is used once. The answer at one depth is a
+useful thought at the next, so questions get deeper when enough are right; a mixture has all depths at once.
 
 The answer is read where another thought would be written: the same weights work out a state as answer or as
 thought. Thought t has the position of operation t, so steps look alike (position coupling, Cho et al. 2024).
@@ -50,7 +50,7 @@ d_thought_vocab = 32          # L: thought tokens
 think_len = 0                 # T: thoughts per question; 0: one less than operations, or k + 1 if not fixed
 fixed = True                  # always T thoughts; False: up to T, end_thought ends them
 think_cost = .1               # what a thought costs if their number is not fixed, nats
-hardest = .8                  # share of steps with questions of the greatest depth so far; others have less
+mixture = 0.                  # above 0: no schedule, depth d always has a share in proportion to d^-mixture
 advance_at = .96              # share of right answers, a running mean, at which depth grows by one
 group_size = 8                # G: rollouts of a question
 baseline = 'group'            # 'group' | 'batch' | 'no_think': their mean, or a lagged copy without thoughts
@@ -91,6 +91,7 @@ if task == 'sort' and k_most > n_letters:
     fail(f'a list of n_letters={n_letters} has no number {k_most} in order')
 if thoughts == 'chain' and (d_thought_vocab < n_states or think_len):
     fail(f'thoughts=chain needs --d_thought_vocab={n_states} or more, one for each state, and --think_len=0')
+shares = torch.arange(1, k + 1.) ** -mixture            # of depths 1 to k in a mixture
 hashing = torch.randint(2**24, (questions.n_prefix + k + 2,), generator=torch.Generator().manual_seed(seed))
 
 
@@ -139,7 +140,7 @@ if baseline == 'no_think':
 optimizer = make_optimizer(model, learning_rate, weight_decay)
 run = Run(knobs, world, [optimizer])
 state = run.restore({
-    'depth': torch.tensor(1),           # greatest so far
+    'depth': torch.tensor(k if mixture else 1),     # greatest so far
     'since': torch.tensor(0),           # step at which it was new
     'accuracy': torch.tensor(0.),       # running mean of right answers at this depth
     'frequency': torch.full((max(1, n_thoughts(k)), d_thought_vocab + 1), 1 / n_states)})  # (T, L + 1)
@@ -195,10 +196,8 @@ def losses(question, states, step):
 
 
 def pay(question, thought, answer, rewards):
-    """
-    Weights (B, G) of rollouts, and what to log. They are paid rewards (B, G), that is log p(answer), less
-    what their thoughts (B G, T) cost, compared with a baseline.
-    """
+    """Weights (B, G) of rollouts, and what to log. They are paid rewards (B, G), that is log p(answer), less
+    what their thoughts (B G, T) cost, compared with a baseline."""
     if not fixed:
         rewards = rewards - think_cost * model.n_thoughts(thought).view(rewards.shape)
     rewards = rewards - code_price * overuse(thought).view(rewards.shape)
@@ -277,7 +276,9 @@ for step in run.steps(run.first_step if eval_only else max_steps):
     schedule(optimizer, learning_rate, step, max_steps)
     greatest = state['depth'].item()
     coin, which = torch.rand(2, generator=world.generator, device=world.device).tolist()
-    depth = 1 + int(which * (greatest - 1)) if greatest > 1 and coin >= hardest else greatest
+    depth = 1 + int(which * (greatest - 1)) if greatest > 1 and coin >= .8 else greatest
+    if mixture:
+        depth = 1 + int((shares.cumsum(0) < which * shares.sum()).sum())
     question, states = (world.share(part) for part in draw(batch_size, depth))      # (B, S), (B, depth)
     with world.autocast:
         loss, right, seen = losses(question, states, step)
@@ -310,7 +311,6 @@ if n_thoughts(k):
     result['ablation'] = {n: test(k, thought=x)[0] for n, x in ablations(thought, thought_tokens).items()}
     result['thoughts_at_depth'] = {depth: model.n_thoughts(found[2]).float().mean().item()
                                    for depth, found in tests.items()}
-    result['thoughts'] = result['thoughts_at_depth'][k]
     # counts[thought, state], (L + 1, M): how often thought t met the state after t operations
     T, counts = min(thought.shape[1], k), torch.zeros(d_thought_vocab + 1, n_states)
     at = thought[:, :T].cpu() - n_tokens, states[:, :T].cpu()

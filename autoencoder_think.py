@@ -17,10 +17,9 @@ match      The answering policy scores codes for a batch of inputs by log p(x | 
            own, and as many free ones. Codes are dealt anew, one to an input, the best scores first, and both
            policies learn the pairs. Expert iteration with a dealer, not a policy gradient.
 sinkhorn   The same with prices in place of owners, see balanced_target in utils.py.
-reinforce  The policy gradient (Williams 1992) on rollouts, paid log p(x | thoughts) - code_price * log(how
-           often the code is written, relative to its share). A bonus for entropy starts near 1, where being
-           certain pays no more than being random, and falls slowly. The answering policy learns from all
-           rollouts. Left out: importance weights, clipping, what early thoughts do to later entropies.
+reinforce  The policy gradient (Williams 1992), summed over all codes instead of samples. A code is paid
+           log p(x | code) - code_price * log(how often it is written, relative to its share), and there is
+           a bonus for entropy. In the second half, inputs that are misread try codes that are hardly used.
 gumbel     The straight-through Gumbel-softmax (Jang et al. 2017): gradients pass through the thoughts.
 """
 import math
@@ -28,9 +27,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from model import ThinkingModelConfig, make_model
-from utils import (NEED_GROUPS, Run, World, ablations, advantages, balanced_target, curve, distinct, fail,
-                   judge, make_optimizer, picture, read_knobs, sample, schedule)
+from model import KVCache, ThinkingModelConfig, make_model
+from utils import (Run, World, ablations, balanced_target, curve, fail, judge, make_optimizer, picture,
+                   read_knobs, sample, schedule)
 
 # ---- knobs ----
 
@@ -52,13 +51,10 @@ init = 'unit'                 # 'unit' | 'gpt2': activations of size one, or wei
 frozen = 'none'               # 'none' | 'thinking' | 'answering': the policy that does not learn
 rematch = True                # of match: deal codes in every step; False: only once
 unique = True                 # of match: no two inputs share a code; False: each has its best, shared or not
-tau = .1                      # temperature of sinkhorn's target, of gumbel's softmax, of softmax advantages
-group_size = 256              # G: of reinforce, as the next four: rollouts per input
-advantage = 'rloo'            # 'rloo' | 'grpo' | 'dr_grpo' | 'reinforce' | 'batch_std' | 'quantile' |
-                              # 'quantile_batch' | 'softmax' | 'softmax_centred' | 'softmax_quantile' | 'best'
-code_price = 8.               # price of a code, in nats per log of how often it is written
-entropy_weight = .95          # of a bonus for the entropy of the thinking policy, at the first step
-entropy_end = .4              # its weight at the end, reached linearly
+tau = .1                      # temperature of sinkhorn's target and of gumbel's softmax
+code_price = 8.               # of reinforce: price of a code, in nats per log of how often it is written
+entropy_weight = .5           # of reinforce: of a bonus for the entropy of codes; 1: being sure never pays
+explore = .3                  # of reinforce: pull of misread inputs to spare codes, in the second half
 eval_every = 10               # steps between evaluations, each with a checkpoint and samples
 log_every = 1                 # steps between lines of metrics.jsonl
 seed = 0                      # of weights, batches and thoughts
@@ -83,8 +79,8 @@ if method == 'sinkhorn' and input_max * n_codes > 2**26:
     fail(f'sinkhorn scores {input_max} inputs x {n_codes} codes, over 2^26: --method=match')
 if method == 'match' and n_batch * min(2 * n_batch, n_slots) > 2**29:
     fail(f'match scores {n_batch} inputs x twice as many codes, over 2^29: a smaller --batch_size')
-if method == 'reinforce' and group_size < 2 and advantage in NEED_GROUPS:
-    fail(f'advantage={advantage} compares rollouts: group_size={group_size} must be at least 2')
+if method == 'reinforce' and n_batch * n_codes > 2**23:
+    fail(f'reinforce tries {n_codes} codes for {n_batch} inputs, over 2^23: a smaller --batch_size')
 world = World({**knobs, 'batch_size': n_batch})
 inputs = torch.arange(input_max, device=world.device)
 
@@ -107,9 +103,7 @@ run = Run(knobs, world, optimizers)
 state = run.restore({
     'order': inputs,                                            # of the inputs in this epoch
     'slots': torch.full((input_max,), -1),                      # which slot each input owns, -1: none yet
-    'prices': torch.zeros(n_codes * (method == 'sinkhorn')),    # of codes, see balanced_target
-    'frequency': torch.full((n_codes * (method == 'reinforce'),), 1 / n_codes),     # of codes
-    'baseline': torch.tensor(-math.log(input_max))})            # running mean of rewards
+    'prices': torch.zeros(n_codes * (method == 'sinkhorn'))})   # of codes, see balanced_target
 best_accuracy = min(1, n_codes / input_max)
 if best_accuracy < 1:
     run.print(f'{n_codes} codes cannot name {input_max} inputs, accuracy can reach {best_accuracy:.4}')
@@ -147,7 +141,6 @@ def draw_growth():
 
 # ---- match and sinkhorn: each returns codes (B,) for the inputs x (B,) of all processes ----
 
-@torch.no_grad()
 def score(codes, x):
     """log p(x | code) of inputs x (B,) and codes (C,): (B, C)."""
     return torch.cat([answering.answer(thinking.spell(part, think_len)).float().log_softmax(-1)[:, x]
@@ -170,6 +163,7 @@ def one_to_one(scores):
     return chosen
 
 
+@torch.no_grad()
 def match(x):
     """Deal slots to inputs: those that they own, and as many free ones."""
     slots = state['slots']
@@ -185,6 +179,7 @@ def match(x):
     return slots[x] % n_codes
 
 
+@torch.no_grad()
 def sinkhorn(x):
     """Draw codes from the balanced target of all inputs and codes."""
     scores = score(torch.arange(n_codes, device=world.device), inputs)              # (M, C)
@@ -202,22 +197,31 @@ def imitate(x, codes, step):
 
 
 def policy_gradient(x, codes, step):
-    """Both policies learn from rollouts of the thinking policy."""
-    noise = world.draw(n_batch, group_size, think_len).flatten(0, 1)
-    thoughts, *both = thinking.think(x[:, None], think_len, n_rollouts=group_size, noise=noise, grad=True)
-    log_pi, entropy = (each.sum(1).view(-1, group_size) for each in both)           # (B, G)
-    numbers = thinking.number(thoughts).view(-1, group_size)
-    counts = world.gather(numbers).flatten().bincount(minlength=n_codes)
-    state['frequency'].lerp_(counts / counts.sum(), .5)
-    codes, column = distinct(numbers)                                               # (C,): each is read once
-    log_q = answering.answer(thinking.spell(codes, think_len)).float().log_softmax(-1)[column, x[:, None]]
-    rewards = log_q.detach() - code_price * (state['frequency'][numbers] * n_codes).log()           # (B, G)
-    everyone = world.gather(rewards)
-    weights = advantages(rewards, advantage, tau, state['baseline'], everyone)
-    state['baseline'].lerp_(everyone.mean(), .1)
-    bonus = entropy_weight + (entropy_end - entropy_weight) * step / max_steps
-    return {'thinking_loss': -(weights * log_pi).sum(1).mean() - bonus * entropy.mean(),
-            'answering_loss': -log_q.mean(), 'entropy': entropy.mean()}
+    """Both policies learn from all codes, each weighted by its probability."""
+    log_pi, log_q = code_log_probs(x), score(torch.arange(n_codes, device=x.device), x)     # (B, C)
+    pi = log_pi.exp().detach()
+    frequency = world.gather(pi.mean(0, keepdim=True)).mean(0)                              # (C,)
+    price = code_price * (frequency * n_codes).clamp(min=1e-9).log()
+    reward = log_q - price - entropy_weight * log_pi                                        # (B, C)
+    weights = pi * (reward - (pi * reward).sum(1, keepdim=True)).detach()
+    if step >= max_steps / 2:       # who is understood stays, who is not tries codes that are hardly used
+        misread = 1 - (pi * log_q.exp()).sum(1, keepdim=True).detach()                      # (B, 1)
+        spare = (1 - frequency * n_codes).clamp(min=0)
+        weights = weights + explore * misread * spare / spare.sum().clamp(min=1e-9)
+    return {'thinking_loss': -(weights * log_pi).sum(1).mean(), 'answering_loss': -(pi * log_q).sum(1).mean(),
+            'entropy': -(pi * log_pi).sum(1).mean()}
+
+
+def code_log_probs(x):
+    """Log-probabilities (B, C) of all codes for inputs x (B,). The prefixes of codes are read once each."""
+    cache, sequence, log_pi = KVCache(), x[:, None], torch.zeros(len(x), 1, device=x.device)
+    for t in range(think_len):
+        if t:       # each goes on in L ways
+            cache.repeat(d_thought_vocab)
+            sequence = torch.tensor(thought_tokens, device=x.device).repeat(len(sequence))[:, None]
+        logits = thinking.logits(thinking.hidden(sequence, cache)[:, -1], thought_tokens)       # (B L^t, L)
+        log_pi = log_pi.view(-1, 1) + logits.float().log_softmax(-1)
+    return log_pi.view(len(x), -1)
 
 
 def straight_through(x, codes, step):

@@ -29,9 +29,9 @@ VARIANTS = {  # what else must be resumed, and shared by processes
     'add_think_blind': ['--search=False --group_size=4 --think_len=2',
                         '--split=False --fixed=False --think_len=2 --super=True',
                         '--search=False --advantage=reinforce --epsilon=.3 --supervised_weight=.1'],
-    'add_think': ['--fixed=False --baseline=no_think --epsilon=.2 --task=hop', '--baseline=batch'],
-    'autoencoder_think': ['--method=reinforce --advantage=reinforce --group_size=4', '--method=sinkhorn',
-                          '--method=gumbel --tau=.5'],
+    'add_think': ['--fixed=False --baseline=no_think --epsilon=.2 --task=hop',
+                  '--baseline=batch --mixture=1'],
+    'autoencoder_think': ['--method=reinforce', '--method=sinkhorn', '--method=gumbel --tau=.5'],
     'supervised_rollout_think': [
         '--fixed=False --think_len=2 --baseline=no_think --micro_batch=2 --gate=none',
         '--thought_kind=straight_through --readers=later --think_len=4 --at_once=4 --d_thought_vocab=8'],
@@ -286,9 +286,8 @@ def test_digits_are_learned(order, train, tmp_path):
     ('autoencoder_think', '', 'inner_steps=3 rematch=False unique=False init=gpt2 weight_decay=1'),
     ('autoencoder_think', '--method=sinkhorn', 'tau=1 inner_steps=3'),
     ('autoencoder_think', '--method=gumbel', 'tau=1'),
-    ('autoencoder_think', '--method=reinforce --group_size=4', 'group_size=3 advantage=grpo '
-     'advantage=softmax code_price=0 entropy_weight=0 entropy_end=0'),
-    ('add_think', '', 'recount=False hardest=0 group_size=3 entropy_weight=1 epsilon=1 baseline=batch '
+    ('autoencoder_think', '--method=reinforce', 'code_price=0 entropy_weight=0 explore=0'),
+    ('add_think', '', 'recount=False mixture=1 group_size=3 entropy_weight=1 epsilon=1 baseline=batch '
      'baseline=no_think fixed=False think_len=4 heldout=.5 task=plus seed=1 advantage=grpo '
      'advantage=quantile_batch advantage=softmax position_encoding=rotary'),
     ('add_think', '--advantage=softmax', 'tau=9'), ('add_think', '--fixed=False', 'think_cost=1'),
@@ -332,6 +331,25 @@ def test_a_code_from_nothing(method, least, knobs, train):
     result = train('autoencoder_think', f'{SIXTEEN_CODES} --eval_every=300 --method={method} {knobs}')
     assert result['accuracy'] >= least and result['codes'] >= 16 * result['accuracy']
     assert result['ablation']['own'] > 2 * others(result)
+
+
+def test_the_policy_gradient_over_all_codes(names_of):
+    """Its gradient is that of what it maximises, worked out code by code."""
+    names = names_of('autoencoder_think', '--method=reinforce')
+    thinking, x, close = names['thinking'], names['inputs'], torch.testing.assert_close
+    codes = thinking.spell(torch.arange(names['n_codes']), names['think_len'])
+    log_pi = torch.stack([thinking.thought_log_probs(x[:, None], code.expand(len(x), -1))[0].sum(1)
+                          for code in codes], dim=1)
+    close(names['code_log_probs'](x), log_pi)
+    log_q = names['answering'].answer(codes).log_softmax(-1).T.detach()
+    pi, written = log_pi.exp(), log_pi.exp().mean(0)
+    goal = (pi * (log_q - names['entropy_weight'] * log_pi)).sum(1).mean()
+    goal = goal - names['code_price'] * (written * written.log()).sum()
+    weights = [p for p in thinking.parameters()]
+    slow = torch.autograd.grad(-goal, weights)
+    fast = torch.autograd.grad(names['policy_gradient'](x, None, 0)['thinking_loss'], weights)
+    for a, b in zip(slow, fast):
+        close(a, b, atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize('n_inputs, n_tokens, batch', [(9, 3, 4), (16, 5, 5), (20, 2, 20), (20, 2, 6)])
@@ -619,7 +637,7 @@ BAD = {
         '--method=ppo': 'must be one of match, sinkhorn', '--think_len=40': '2^24 codes',
         '--input_max=2147483647': '2^24',
         '--method=sinkhorn --think_len=14 --input_max=99': 'over 2^26: --method=match',
-        '--method=reinforce --group_size=1': 'must be at least 2'},
+        '--method=reinforce --think_len=9': 'over 2^23: a smaller --batch_size'},
     'supervised_rollout_think': {
         '--data=nowhere': 'no data in nowhere, see prepare_data.py', '--group_size=1': 'at least 2',
         '--text_len=900': 'a smaller --text', '--at_once=2': 'must divide think_len=1',
