@@ -324,7 +324,7 @@ SIXTEEN_CODES = '--input_max=16 --d_thought_vocab=4 --batch_size=16 --d_model=32
 
 @pytest.mark.parametrize('method, least, knobs', [
     ('match', 1, '--max_steps=15'), ('match', .8, '--max_steps=40 --batch_size=5'),
-    ('sinkhorn', .8, '--max_steps=30'), ('reinforce', .6, '--max_steps=600 --learning_rate=1e-3'),
+    ('sinkhorn', .8, '--max_steps=30'), ('reinforce', 1, '--max_steps=600 --learning_rate=1e-3'),
     ('gumbel', .35, '--max_steps=150 --learning_rate=1e-3 --learning_rate_answer=1e-3 --tau=8')])
 def test_a_code_from_nothing(method, least, knobs, train):
     """Sixteen inputs and sixteen codes: least is what seeds 0 to 2 reached on a CPU, chance is .06."""
