@@ -4,7 +4,7 @@ Thoughts between question and answer, on problems that need them: work that is d
     a start, k operations, =   ->   T thoughts   ->   answer
 
 One model reads the question, writes thoughts and answers, seeing both. Nobody tells it what a thought means
-or shows it a step in between: it is paid log p(answer | question, thoughts).
+or shows it a step in between: it is paid log p(answer | question, thoughts), less a price on overused ones.
 
     python add_think.py                                         # ((7 + 3) x 5 + 9) ... % 11, six operations
     python add_think.py --thoughts=none                         # the control: answers at once
@@ -14,7 +14,7 @@ or shows it a step in between: it is paid log p(answer | question, thoughts).
 Each step: questions of one depth, that is, number of operations; G rollouts of thoughts each; cross-entropy
 on answers, and the policy gradient on thoughts with the group's mean as baseline (Dr. GRPO, Liu et al. 2025),
 without clipping, KL term or importance weights, as each rollout is used once. The answer at one depth is a
-useful thought at the next, so questions get deeper when enough are right; a mixture has all depths at once.
+useful thought at the next, so questions get deeper when enough are right; with --mixture, any may be deep.
 
 The answer is read where another thought would be written: the same weights work out a state as answer or as
 thought. Thought t has the position of operation t, so steps look alike (position coupling, Cho et al. 2024).
@@ -274,7 +274,7 @@ for step in run.steps(run.first_step if eval_only else max_steps):
         if run.best >= enough and state['depth'] == k:
             break
     schedule(optimizer, learning_rate, step, max_steps)
-    greatest = state['depth'].item()
+    greatest = state['depth'].item()        # a fifth of the steps is easier, or depth 1 is forgotten
     coin, which = torch.rand(2, generator=world.generator, device=world.device).tolist()
     depth = 1 + int(which * (greatest - 1)) if greatest > 1 and coin >= .8 else greatest
     if mixture:

@@ -7,11 +7,11 @@ The answering policy sees nothing but the thoughts. If L^T = M, an accuracy of 1
 
     python autoencoder_think.py                                        # M=64, 8 thought tokens, 2 thoughts
     python autoencoder_think.py --input_max=1000 --d_thought_vocab=10 --think_len=3
-    python autoencoder_think.py --method=reinforce --learning_rate=5e-4 --max_steps=3000 --eval_every=100
+    python autoencoder_think.py --method=reinforce --learning_rate=5e-4 --max_steps=600
     python autoencoder_think.py --method=gumbel --tau=8 --learning_rate=1e-3 --learning_rate_answer=1e-3
     torchrun --standalone --nproc_per_node=2 autoencoder_think.py      # the same update, by two processes
 
-Four methods decide which thoughts are learned:
+Four methods:
 
 match      The answering policy scores codes for a batch of inputs by log p(x | code): those the inputs
            own, and as many free ones. Codes are dealt anew, one to an input, the best scores first, and both
@@ -19,7 +19,8 @@ match      The answering policy scores codes for a batch of inputs by log p(x | 
 sinkhorn   The same with prices in place of owners, see balanced_target in utils.py.
 reinforce  The policy gradient (Williams 1992), summed over all codes instead of samples. A code is paid
            log p(x | code) - code_price * log(how often it is written, relative to its share), and there is
-           a bonus for entropy. In the second half, inputs that are misread try codes that are hardly used.
+           a bonus for entropy. In the second half, inputs that are misread are also drawn to codes that are
+           written less than their share. The answering policy learns from all codes by cross-entropy.
 gumbel     The straight-through Gumbel-softmax (Jang et al. 2017): gradients pass through the thoughts.
 """
 import math
@@ -52,9 +53,9 @@ frozen = 'none'               # 'none' | 'thinking' | 'answering': the policy th
 rematch = True                # of match: deal codes in every step; False: only once
 unique = True                 # of match: no two inputs share a code; False: each has its best, shared or not
 tau = .1                      # temperature of sinkhorn's target and of gumbel's softmax
-code_price = 8.               # of reinforce: price of a code, in nats per log of how often it is written
+code_price = 8.               # of reinforce: price of a code, in nats per log of its use
 entropy_weight = .5           # of reinforce: of a bonus for the entropy of codes; 1: being sure never pays
-explore = .3                  # of reinforce: pull of misread inputs to spare codes, in the second half
+explore = .3                  # of reinforce: pull of misread inputs to spare codes in the second half
 eval_every = 10               # steps between evaluations, each with a checkpoint and samples
 log_every = 1                 # steps between lines of metrics.jsonl
 seed = 0                      # of weights, batches and thoughts
@@ -79,8 +80,8 @@ if method == 'sinkhorn' and input_max * n_codes > 2**26:
     fail(f'sinkhorn scores {input_max} inputs x {n_codes} codes, over 2^26: --method=match')
 if method == 'match' and n_batch * min(2 * n_batch, n_slots) > 2**29:
     fail(f'match scores {n_batch} inputs x twice as many codes, over 2^29: a smaller --batch_size')
-if method == 'reinforce' and n_batch * n_codes > 2**23:
-    fail(f'reinforce tries {n_codes} codes for {n_batch} inputs, over 2^23: a smaller --batch_size')
+if method == 'reinforce' and (n_batch < input_max or input_max * n_codes > 2**23):
+    fail(f'reinforce needs all {input_max} inputs in a batch, and at most 2^23 pairs of input and code')
 world = World({**knobs, 'batch_size': n_batch})
 inputs = torch.arange(input_max, device=world.device)
 
@@ -139,7 +140,7 @@ def draw_growth():
     return figure.to_html()
 
 
-# ---- match and sinkhorn: each returns codes (B,) for the inputs x (B,) of all processes ----
+# ---- scores of codes; match and sinkhorn choose codes (B,) for the inputs x (B,) of all processes ----
 
 def score(codes, x):
     """log p(x | code) of inputs x (B,) and codes (C,): (B, C)."""
@@ -187,7 +188,7 @@ def sinkhorn(x):
     return sample(log_target[x], torch.rand(n_batch, generator=world.generator, device=world.device))
 
 
-# ---- losses of both policies for inputs x (B,) that are to have codes (B,), if the method chooses some ----
+# ---- losses of both policies for inputs x (B,), and codes (B,) if the method chose some ----
 
 def imitate(x, codes, step):
     """Both policies learn given pairs."""
@@ -200,14 +201,14 @@ def policy_gradient(x, codes, step):
     """Both policies learn from all codes, each weighted by its probability."""
     log_pi, log_q = code_log_probs(x), score(torch.arange(n_codes, device=x.device), x)     # (B, C)
     pi = log_pi.exp().detach()
-    frequency = world.gather(pi.mean(0, keepdim=True)).mean(0)                              # (C,)
-    price = code_price * (frequency * n_codes).clamp(min=1e-9).log()
+    usage = world.gather(pi.mean(0, keepdim=True)).mean(0) * n_codes                # (C,), 1: a fair share
+    price = code_price * usage.clamp(min=1e-9).log()
     reward = log_q - price - entropy_weight * log_pi                                        # (B, C)
     weights = pi * (reward - (pi * reward).sum(1, keepdim=True)).detach()
-    if step >= max_steps / 2:       # who is understood stays, who is not tries codes that are hardly used
+    if step >= max_steps / 2:       # most are read: who is not is drawn to spare codes, however unlikely
         misread = 1 - (pi * log_q.exp()).sum(1, keepdim=True).detach()                      # (B, 1)
-        spare = (1 - frequency * n_codes).clamp(min=0)
-        weights = weights + explore * misread * spare / spare.sum().clamp(min=1e-9)
+        spare = (1 - usage).clamp(min=0)
+        weights = weights + explore * misread * spare / spare.sum().clamp(min=.1)   # .1: none to share out
     return {'thinking_loss': -(weights * log_pi).sum(1).mean(), 'answering_loss': -(pi * log_q).sum(1).mean(),
             'entropy': -(pi * log_pi).sum(1).mean()}
 
