@@ -27,7 +27,7 @@ TINY = {
     'add_think_blind': [*ALL, '--input_max=7', '--d_thought_vocab=7', '--think_len=1', '--batch_size=16'],
     'add_think': [*ALL, '--input_max=3', '--k=3', '--advance_at=.3', '--batch_size=8', '--group_size=4',
                   '--d_thought_vocab=5', '--eval_questions=20', '--enough=2'],
-    'autoencoder_think': [*ALL, '--input_max=8', '--d_thought_vocab=3', '--batch_size=4', '--inner_steps=2'],
+    'autoencoder_think': [*ALL, '--input_max=8', '--d_thought_vocab=3', '--batch_size=8', '--inner_steps=2'],
     'supervised_rollout_think': [*OF_TEXT, '--text_len=8', '--batch_size=8', '--eval_sequences=10',
                                  '--thought_kind=token', '--readers=own', '--think_len=1', '--at_once=1',
                                  '--gate=learned'],

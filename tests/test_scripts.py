@@ -30,7 +30,7 @@ VARIANTS = {  # what else must be resumed, and shared by processes
                         '--search=False --advantage=reinforce --epsilon=.3 --supervised_weight=.1'],
     'add_think': ['--fixed=False --baseline=no_think --epsilon=.2 --task=hop',
                   '--baseline=batch --mixture=1'],
-    'autoencoder_think': ['--method=reinforce --batch_size=8', '--method=sinkhorn',
+    'autoencoder_think': ['--method=reinforce', '--batch_size=4', '--method=sinkhorn --batch_size=4',
                           '--method=gumbel --tau=.5'],
     'supervised_rollout_think': [
         '--fixed=False --think_len=2 --baseline=no_think --micro_batch=2 --gate=none',
@@ -286,7 +286,7 @@ def test_digits_are_learned(order, train, tmp_path):
     ('autoencoder_think', '', 'inner_steps=3 rematch=False unique=False init=gpt2 weight_decay=1'),
     ('autoencoder_think', '--method=sinkhorn', 'tau=1 inner_steps=3'),
     ('autoencoder_think', '--method=gumbel', 'tau=1'),
-    ('autoencoder_think', '--method=reinforce --batch_size=8', 'code_price=0 entropy_weight=0 explore=0'),
+    ('autoencoder_think', '--method=reinforce', 'code_price=0 entropy_weight=0 explore=0'),
     ('add_think', '', 'recount=False mixture=1 group_size=3 entropy_weight=1 epsilon=1 baseline=batch '
      'baseline=no_think fixed=False think_len=4 heldout=.5 task=plus seed=1 advantage=grpo '
      'advantage=quantile_batch advantage=softmax position_encoding=rotary'),
@@ -335,7 +335,7 @@ def test_a_code_from_nothing(method, least, knobs, train):
 
 def test_the_policy_gradient_over_all_codes(names_of):
     """Its gradient is that of its goal, worked out code by code."""
-    names = names_of('autoencoder_think', '--method=reinforce', '--batch_size=8')
+    names = names_of('autoencoder_think', '--method=reinforce')
     thinking, x = names['thinking'], names['inputs']
     codes = thinking.spell(torch.arange(9), 2)
     log_pi = torch.stack([thinking.thought_log_probs(x[:, None], code.expand(len(x), -1))[0].sum(1)
@@ -619,7 +619,7 @@ BAD = {
         '--method=ppo': 'must be one of match, sinkhorn', '--think_len=40': '2^24 codes',
         '--input_max=2147483647': '2^24',
         '--method=sinkhorn --think_len=14 --input_max=99': 'over 2^26: --method=match',
-        '--method=reinforce': 'needs all 8 inputs', '--method=reinforce --think_len=14': '2^23 pairs'},
+        '--method=reinforce --batch_size=7': 'all 8 inputs', '--method=reinforce --think_len=14': '2^23'},
     'supervised_rollout_think': {
         '--data=nowhere': 'no data in nowhere, see prepare_data.py', '--group_size=1': 'at least 2',
         '--text_len=900': 'a smaller --text', '--at_once=2': 'must divide think_len=1',
