@@ -4,7 +4,7 @@ Thoughts between question and answer, on problems that need them: work that is d
     a start, k operations, =   ->   T thoughts   ->   answer
 
 One model reads the question, writes thoughts and answers, seeing both. Nobody tells it what a thought means
-or shows it a step in between: it is paid log p(answer | question, thoughts), less a price on overused ones.
+or shows it a step in between: it is paid log p(answer | question, thoughts), less a price of overuse.
 
     python add_think.py                                         # ((7 + 3) x 5 + 9) ... % 11, six operations
     python add_think.py --thoughts=none                         # the control: answers at once
@@ -278,7 +278,7 @@ for step in run.steps(run.first_step if eval_only else max_steps):
     coin, which = torch.rand(2, generator=world.generator, device=world.device).tolist()
     depth = 1 + int(which * (greatest - 1)) if greatest > 1 and coin >= .8 else greatest
     if mixture:
-        depth = 1 + int((shares.cumsum(0) < which * shares.sum()).sum())
+        depth = 1 + int((shares.cumsum(0)[:-1] < which * shares.sum()).sum())
     question, states = (world.share(part) for part in draw(batch_size, depth))      # (B, S), (B, depth)
     with world.autocast:
         loss, right, seen = losses(question, states, step)

@@ -205,10 +205,10 @@ def policy_gradient(x, codes, step):
     price = code_price * usage.clamp(min=1e-9).log()
     reward = log_q - price - entropy_weight * log_pi                                        # (B, C)
     weights = pi * (reward - (pi * reward).sum(1, keepdim=True)).detach()
-    if step >= max_steps / 2:       # most are read: who is not is drawn to spare codes, however unlikely
+    if step >= max_steps / 2:       # misread inputs are drawn to spare codes, however unlikely
         misread = 1 - (pi * log_q.exp()).sum(1, keepdim=True).detach()                      # (B, 1)
         spare = (1 - usage).clamp(min=0)
-        weights = weights + explore * misread * spare / spare.sum().clamp(min=.1)   # .1: none to share out
+        weights = weights + explore * misread * spare / spare.sum().clamp(min=.1)   # .1: not 0 / 0
     return {'thinking_loss': -(weights * log_pi).sum(1).mean(), 'answering_loss': -(pi * log_q).sum(1).mean(),
             'entropy': -(pi * log_pi).sum(1).mean()}
 
