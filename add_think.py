@@ -55,8 +55,8 @@ advance_at = .96              # share of right answers, a running mean, at which
 group_size = 8                # G: rollouts of a question
 baseline = 'group'            # 'group' | 'batch' | 'no_think': their mean, or a lagged copy without thoughts
 advantage = 'dr_grpo'         # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best' | 'batch_std' | 'quantile' |
-                              # 'quantile_batch' | 'softmax_quantile' | 'softmax_centred': with baseline group
-tau = 1.                      # temperature of the three softmax
+                              # 'quantile_batch' | 'softmax_quantile' | 'softmax_centred' | 'tpo': by group
+tau = 1.                      # temperature of the three softmax and tpo
 code_price = 3.               # nats per log of a thought's overuse, so that no two states share a thought
 epsilon = 0.                  # share of thoughts that are random; falls to zero over the first half
 entropy_weight = .05          # of a bonus for entropy of thoughts when a depth is new; a fifth of it stays
@@ -187,7 +187,7 @@ def losses(question, states, step):
     elif thoughts == 'own' and T:
         if baseline == 'no_think':      # what the lagged copy is to learn
             loss = loss + F.nll_loss(respond(question[::G], thought[::G, :0])[2], answer[::G])
-        weights, seen = pay(question[::G], thought, answer[::G], log_p_answer.detach())
+        weights, seen = pay(question[::G], thought, answer[::G], log_p_answer.detach(), log_pi.detach())
         new = max(0, 1 - (step - state['since'].item()) / 300)      # 1 to 0 in a depth's first 300 steps
         bonus = entropy_weight / 5 + (entropy_weight - entropy_weight / 5) * new
         loss = loss - (weights * log_pi.sum(1).view(B, G)).sum(1).mean() - bonus * entropy.sum(1).mean()
@@ -195,9 +195,9 @@ def losses(question, states, step):
     return loss, (log_q.argmax(-1) == answer).view(B, G)[:, n_cut:].float(), seen
 
 
-def pay(question, thought, answer, rewards):
+def pay(question, thought, answer, rewards, log_pi):
     """Weights (B, G) of rollouts, and what to log. They are paid rewards (B, G), that is log p(answer), less
-    what their thoughts (B G, T) cost, compared with a baseline."""
+    what their thoughts (B G, T) cost, compared with a baseline. log_pi: (B G, T), of thoughts."""
     if not fixed:
         rewards = rewards - think_cost * model.n_thoughts(thought).view(rewards.shape)
     rewards = rewards - code_price * overuse(thought).view(rewards.shape)
@@ -205,7 +205,8 @@ def pay(question, thought, answer, rewards):
     base = everyone.mean() if baseline == 'batch' else 0.
     if baseline == 'no_think':
         base = respond(question, question[:, :0], models['lagged'])[2].gather(1, answer[:, None])
-    weights = advantages(rewards, advantage if baseline == 'group' else 'reinforce', tau, base, everyone)
+    kind = advantage if baseline == 'group' else 'reinforce'
+    weights = advantages(rewards, kind, tau, base, everyone, log_pi.sum(1).view(rewards.shape))
     return weights, {'reward': rewards.mean(), 'reward_std_in_group': rewards.std(1, correction=0).mean(),
                      'thoughts': model.n_thoughts(thought).float().mean(),
                      'distinct_thoughts': len(thought.unique())}
@@ -313,8 +314,7 @@ if n_thoughts(k):
                                    for depth, found in tests.items()}
     # counts[thought, state], (L + 1, M): how often thought t met the state after t operations
     T, counts = min(thought.shape[1], k), torch.zeros(d_thought_vocab + 1, n_states)
-    at = thought[:, :T].cpu() - n_tokens, states[:, :T].cpu()
-    counts.index_put_(at, torch.tensor(1.), accumulate=True)
+    counts.index_put_((thought[:, :T].cpu() - n_tokens, states[:, :T].cpu()), torch.ones(()), accumulate=True)
     result['purity'] = (counts[:-1].max(1).values.sum() / counts[:-1].sum().clamp(min=1)).item()
     run.draw('meaning.html', draw_meaning) if plot else None
 run.finish(steps=n_steps, **result)

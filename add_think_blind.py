@@ -55,8 +55,8 @@ supervised_weight = 0.        # of teaching the thinking policy the hand-made th
 search = True                 # all codes compete; False: only those that the thinking policy writes
 advantage = 'balanced'        # 'balanced' | 'softmax' | 'best' | 'grpo' | 'rloo' | 'dr_grpo' | 'reinforce' |
                               # 'raw' | 'batch_std' | 'quantile' | 'quantile_batch' | 'softmax_quantile' |
-                              # 'softmax_centred': see utils.py
-tau = .1                      # temperature of balanced and softmax: smaller makes the best count more
+                              # 'softmax_centred' | 'tpo': see utils.py
+tau = .1                      # temperature of balanced, softmax, tpo: smaller makes the best count more
 group_size = 8                # G: rollouts of a question, without search
 epsilon = 0.                  # share of random thoughts, if not search; falls to 0 by max_steps / 2
 entropy_weight = 0.           # of a bonus for the entropy of the thinking policy, along the chosen thoughts
@@ -181,7 +181,7 @@ def policy_gradient(question, answer, noise, dice, epsilon):
     log_q = answering.answer(spell(codes)).float().log_softmax(-1).T        # (M, C)
     rewards = reward(log_q, codes)[answer[:, None], column]                 # (B, G)
     pooled = world.gather(rewards)
-    weights = advantages(rewards, advantage, tau, state['baseline'], pooled)
+    weights = advantages(rewards, advantage, tau, state['baseline'], pooled, log_pi.detach())
     state['baseline'].lerp_(pooled.mean(), .1)
     thinking_loss = -(weights * log_pi).sum(1).mean()
     gains = weights.clamp(min=0) + 1e-9  # the answering policy learns from better rollouts, else all

@@ -405,7 +405,7 @@ ESTIMATORS = {      # name: (kind, tau)
                                      'quantile_batch', 'softmax')},
     'softmax-sharp': ('softmax', .1), 'softmax_centred': ('softmax_centred', 1.),
     'softmax_centred-sharp': ('softmax_centred', .1), 'softmax_quantile': ('softmax_quantile', 1.),
-    'best': ('best', 1.)}
+    'best': ('best', 1.), 'tpo': ('tpo', 1.)}
 GROUPS = (2, 4, 8, 16, 32, 64)
 STATES = {'untrained': 0., 'quarter': .25, 'most': .75}     # row: share of rollouts that are right
 
@@ -467,12 +467,12 @@ class Enumerated:
         return (pi * self.rewards[reward]).flatten() / len(pi)
 
 
-def weigh(rewards, name, baseline):
-    """The weights of an estimator for many batches of groups, both (n, groups, G)."""
+def weigh(rewards, log_pi, name, baseline):
+    """The weights of an estimator for many batches of groups, all (n, groups, G)."""
     kind, tau = ESTIMATORS[name]
     if kind in ('batch_std', 'quantile_batch'):
         return torch.stack([advantages(batch, kind) for batch in rewards])
-    return advantages(rewards.flatten(0, 1), kind, tau, baseline).view(rewards.shape)
+    return advantages(rewards.flatten(0, 1), kind, tau, baseline, None, log_pi.flatten(0, 1)).view_as(rewards)
 
 
 def compare(weights, which, gram, exact, blocks=20):
@@ -528,8 +528,8 @@ def gradient(suite, row, seed, samples=256, n=1000):
         code = pi[at].multinomial(G, replacement=True, generator=generator)     # (n groups, G)
         which = (at[:, None] * pi.shape[1] + code).view(n, samples)
         for reward, worth in small.rewards.items():
-            got = worth[at[:, None], code].view(n, -1, G)
-            weights = {name: weigh(got, name, values[reward]).view(n, samples) * G / samples
+            got, log_pi = (table[at[:, None], code].view(n, -1, G) for table in (worth, pi.log()))
+            weights = {name: weigh(got, log_pi, name, values[reward]).view(n, samples) * G / samples
                        for name in ESTIMATORS}
             for name, numbers in compare(weights, which, gram, small.exact(pi, reward)).items():
                 for key, number in numbers.items():

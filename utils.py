@@ -75,15 +75,12 @@ LIMITS = {name: limits for limits, names in {  # least, most; others: 0 and 2^31
     (1, 2**20): 'batch_size d_thought_vocab d_model text_len eval_sequences eval_prefixes prefix_len',
     (1, 10**5): 'n_problems', (2, 2**31): 'input_max n_questions', (1, 2**8): 'n_layer n_head',
     (1, 2**12): 'group_size n_adds k n_letters at_once', (0, 2**12): 'think_len', (0, 2**10): 'k_test',
-    (1e-6, 1e9): 'tau max_seconds', (1e-3, 1e3): 'temperature', (0, 1): 'epsilon hardest advance_at',
+    (1e-6, 1e9): 'tau max_seconds', (1e-3, 1e3): 'temperature', (0, 1): 'epsilon advance_at',
     (0, .9999): 'beta2', (0, .99): 'heldout val_share dropout',
 }.items() for name in names.split()}
-# never from a checkpoint: it may be a stranger's
-ELSEWHERE = {'init_from', 'eval_only', 'out_dir', 'wandb_mode', 'device'}
-# may change on resuming, not in the folder's name
-FREE = ELSEWHERE | set('max_steps max_seconds eval_every log_every plot'.split())
-# decide which questions are held out, and stay with the weights
-SPLIT = set('seed heldout input_min input_max n_adds task n_letters k'.split())
+ELSEWHERE = {'init_from', 'eval_only', 'out_dir', 'wandb_mode', 'device'}  # never from a checkpoint
+FREE = ELSEWHERE | set('max_steps max_seconds eval_every log_every plot'.split())  # may change on resuming
+SPLIT = set('seed heldout input_min input_max n_adds task n_letters k'.split())  # what is held out
 
 
 class Knobs(dict):
@@ -112,11 +109,11 @@ def read_knobs(file, script_globals, pretrained=False):
     defaults = {name: script_globals[name] for name in comments}
     given = dict(parse_knob(argument, defaults) for argument in sys.argv[1:])
     knobs = Knobs(defaults | given)
-    for name, value in knobs.items():  # given or edited
+    for name, value in knobs.items():
         check_knob(name, value, comments[name])
     knobs.script, knobs.checkpoint, knobs.text = Path(file).stem, None, {}
     name = ','.join(f'{k}={v}' for k, v in knobs.items() if v != defaults[k] and k not in FREE)
-    if len(name.encode()) > 150:  # file systems allow 255
+    if len(name.encode()) > 150:
         name = f'{name[:30]}-{fingerprint(name.encode())}'
     knobs.folder = Path(knobs.get('out_dir') or f'out/{knobs.script}/{name.replace("/", "_") or "default"}')
     if knobs.get('init_from') == 'auto':
@@ -254,7 +251,7 @@ def write_atomic(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:  # torch hides it
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
         error = error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error
         error.filename = str(path)
@@ -323,7 +320,7 @@ class Run:
         for optimizer, saved in zip(self.optimizers, old['optimizers'], strict=True):
             groups = optimizer.state_dict()['param_groups']  # rates are the knobs'
             optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
-            for p, state in optimizer.state.items():  # a fused kernel writes anywhere
+            for p, state in optimizer.state.items():
                 shapes = {name: x.shape for name, x in state.items()}
                 if shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
                     raise ValueError('its optimiser does not fit')
@@ -386,7 +383,7 @@ class Run:
         self.bar = tqdm(range(self.first_step, last), initial=self.first_step, total=last,
                         disable=None if self.world.main else True)
         for log, length in self.logs if self.writes else ():
-            log.truncate(log.seek(length))  # forget what came later
+            log.truncate(log.seek(length))
         most = self.knobs['max_seconds']
         with self.bar:
             for step in self.bar:
@@ -501,7 +498,7 @@ class Run:
 def git_commit():
     """This checkout's commit, + if files differ; or None."""
     command = 'git describe --always --abbrev=40 --exclude=* --dirty=+'.split()
-    with suppress(OSError):  # where there is no git
+    with suppress(OSError):
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
         return found.stdout.strip() or None
 
@@ -581,7 +578,7 @@ class SerialTask:
             return torch.cat([numbers, letters, ends], dim=1), numbers.sort(1).values[:, :depth]
         start = torch.randint(self.n_states, (n, 1), **random)
         if self.task == 'hop':
-            table = torch.randint(self.n_states, (n, self.n_states), **random)  # a mapping per question
+            table = torch.randint(self.n_states, (n, self.n_states), **random)
             order = torch.rand(n, self.n_states, **random).argsort(1)
             arrows = self.n_states + 1 + order * self.n_states + table.gather(1, order)
             start = torch.cat([arrows, start], dim=1)
@@ -720,28 +717,31 @@ def softmax(scores):
     return torch.where(scores == most, 0., scores - most).softmax(1)
 
 
-ADVANTAGES = {  # of rewards R (N, G), temperature t, baseline b, the whole batch's rewards B
-    'raw': lambda R, t, b, B: finite(R),
-    'reinforce': lambda R, t, b, B: finite(R, b) - b,  # Williams 1992
-    'dr_grpo': lambda R, t, b, B: centred(R),  # Liu et al. 2025
-    'rloo': lambda R, t, b, B: centred(R) * R.shape[1] / max(1, R.shape[1] - 1),  # Ahmadian et al. 2024
+ADVANTAGES = {  # of rewards R (N, G), temperature t, baseline b, the batch's rewards B, log-probabilities p
+    'raw': lambda R, t, b, B, p: finite(R),
+    'reinforce': lambda R, t, b, B, p: finite(R, b) - b,  # Williams 1992
+    'dr_grpo': lambda R, t, b, B, p: centred(R),  # Liu et al. 2025
+    'rloo': lambda R, t, b, B, p: centred(R) * R.shape[1] / max(1, R.shape[1] - 1),  # Ahmadian et al. 2024
     # Shao et al. 2024. Questions with rare successes count more
-    'grpo': lambda R, t, b, B: centred(R) / (centred(R).square().mean(1, keepdim=True).sqrt() + 1e-6),
-    'batch_std': lambda R, t, b, B: centred(R) / (finite(B).std(correction=0) + 1e-6),
-    'quantile': lambda R, t, b, B: centred(quantile(R, R)),  # blind to the scale of R
-    'quantile_batch': lambda R, t, b, B: centred(quantile(R, B.flatten())),
-    'softmax_centred': lambda R, t, b, B: R.shape[1] * softmax(R / t) - 1,
-    'softmax': lambda R, t, b, B: softmax(R / t),  # advantage-weighted regression, Peng et al. 2019
-    'softmax_quantile': lambda R, t, b, B: softmax(quantile(R, R) / t),
-    'best': lambda R, t, b, B: torch.zeros_like(R).scatter(1, R.argmax(1, keepdim=True), 1.)}
+    'grpo': lambda R, t, b, B, p: centred(R) / (centred(R).square().mean(1, keepdim=True).sqrt() + 1e-6),
+    'batch_std': lambda R, t, b, B, p: centred(R) / (finite(B).std(correction=0) + 1e-6),
+    'quantile': lambda R, t, b, B, p: centred(quantile(R, R)),
+    'quantile_batch': lambda R, t, b, B, p: centred(quantile(R, B.flatten())),
+    'softmax_centred': lambda R, t, b, B, p: R.shape[1] * softmax(R / t) - 1,
+    # Kaddour 2026: the policy over the group goes to itself times exp(grpo / t)
+    'tpo': lambda R, t, b, B, p: R.shape[1] * (
+        (p + ADVANTAGES['grpo'](R, t, b, B, p) / t).softmax(1) - p.softmax(1)),
+    'softmax': lambda R, t, b, B, p: softmax(R / t),  # advantage-weighted regression, Peng et al. 2019
+    'softmax_quantile': lambda R, t, b, B, p: softmax(quantile(R, R) / t),
+    'best': lambda R, t, b, B, p: torch.zeros_like(R).scatter(1, R.argmax(1, keepdim=True), 1.)}
 SUM_TO_ONE = {'softmax', 'softmax_quantile', 'best'}  # weights of a group; the others are advantages
 NEED_GROUPS = ADVANTAGES.keys() - SUM_TO_ONE - {'raw', 'reinforce'}  # always 0 in a group of one
 
 
-def advantages(rewards, kind, tau=1., baseline=0., batch=None):
+def advantages(rewards, kind, tau=1., baseline=0., batch=None, log_pi=None):
     """Weights (N, G) of rollouts by rewards (N, G): the loss is -sum of weight * log-probability over a
-    group. baseline: of reinforce, a number or (N, 1). batch: the rewards of all processes."""
-    weights = ADVANTAGES[kind](rewards, tau, baseline, rewards if batch is None else batch)
+    group. baseline: of reinforce, a number or (N, 1). batch: the rewards of all processes. log_pi: of tpo."""
+    weights = ADVANTAGES[kind](rewards, tau, baseline, rewards if batch is None else batch, log_pi)
     return weights if kind in SUM_TO_ONE else weights / rewards.shape[1]
 
 
@@ -796,7 +796,7 @@ COLOURS = {'red': 31, 'green': 32, 'blue': 34, 'magenta': 35, 'cyan': 36}
 
 
 def paint(text, colour):
-    """Text in a colour, for Run.print."""
+    """Coloured text."""
     return f'\033[{COLOURS[colour]}m{text}\033[0m'
 
 

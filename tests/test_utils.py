@@ -69,6 +69,9 @@ def test_shares_with_more_and_with_fewer_codes_than_answers():
 
 # ---- advantages
 
+POLICY = torch.tensor([.1, .2, .3, .4])  # of a group
+
+
 def by_hand(name):
     """Weights times G of the first rewards in the test below, with tau=.5 and baseline=1."""
     rewards, normal = torch.tensor([0., 3., 1., 1.]), torch.distributions.Normal(0., 1.).icdf
@@ -76,22 +79,24 @@ def by_hand(name):
     # in the batch: 0 is 1st, both 1 are 2.5th, the four 2 are 5.5th, 3 is 8th of 8
     in_batch = normal((torch.tensor([1, 8, 2.5, 2.5]) - .5) / 8)
     centred = torch.tensor([-1.25, 1.75, -.25, -.25])
+    grpo = centred / math.sqrt(centred.square().mean())
     return {'raw': rewards, 'reinforce': rewards - 1, 'dr_grpo': centred,
             'rloo': rewards - torch.tensor([5, 2, 4, 4]) / 3,  # less the mean of the others
-            'grpo': centred / math.sqrt(centred.square().mean()),
-            'batch_std': centred / math.sqrt(27 / 8 - (13 / 8)**2),  # squares of the batch sum to 11 + 16
+            'grpo': grpo, 'batch_std': centred / math.sqrt(27 / 8 - (13 / 8)**2),  # squares of the batch sum to 11 + 16
             'quantile': ranks, 'quantile_batch': in_batch - in_batch.mean(),
             'softmax': 4 * (2 * rewards).softmax(0), 'softmax_centred': 4 * (2 * rewards).softmax(0) - 1,
-            'softmax_quantile': 4 * (2 * ranks).softmax(0), 'best': torch.tensor([0., 4., 0., 0.])}[name]
+            'softmax_quantile': 4 * (2 * ranks).softmax(0), 'best': torch.tensor([0., 4., 0., 0.]),
+            'tpo': 4 * (POLICY * (2 * grpo).exp() / (POLICY * (2 * grpo).exp()).sum() - POLICY)}[name]
 
 
 @pytest.mark.parametrize('kind', list(ADVANTAGES))
 def test_advantages_by_hand(kind):
     rewards = torch.tensor([[0., 3., 1., 1.], [2., 2., 2., 2.]])
-    weights = advantages(rewards, kind, tau=.5, baseline=1.)
+    log_pi = POLICY.log().expand(2, -1) - 5
+    weights = advantages(rewards, kind, tau=.5, baseline=1., log_pi=log_pi)
     torch.testing.assert_close(weights[0] * 4, by_hand(kind), atol=1e-5, rtol=0)
     # a process that has the first row only is told of the others
-    alone = advantages(rewards[:1], kind, tau=.5, baseline=1., batch=rewards)
+    alone = advantages(rewards[:1], kind, tau=.5, baseline=1., batch=rewards, log_pi=log_pi[:1])
     torch.testing.assert_close(alone, weights[:1])
     if 'batch' in kind:
         assert not torch.allclose(advantages(rewards[:1], kind), weights[:1])
@@ -102,21 +107,32 @@ def test_advantages_by_hand(kind):
 @pytest.mark.parametrize('kind', list(ADVANTAGES))
 def test_rewards_that_are_alike_few_or_infinite(kind):
     inf, sums = math.inf, kind in SUM_TO_ONE
-    flat = advantages(torch.full((2, 4), -3.), kind, baseline=-3.)
+    log_pi = torch.randn(4, 4)
+    flat = advantages(torch.full((2, 4), -3.), kind, baseline=-3., log_pi=log_pi[:2])
     alike = {'best': [1, 0, 0, 0], 'raw': [-.75] * 4}.get(kind, [.25] * 4 if sums else [0] * 4)
     assert flat.tolist() == [alike, alike]
-    alone = advantages(torch.tensor([[5.]]), kind, baseline=1.).item()
+    alone = advantages(torch.tensor([[5.]]), kind, baseline=1., log_pi=log_pi[:1, :1]).item()
     assert alone == {'raw': 5, 'reinforce': 4}.get(kind, float(sums))
     assert kind not in NEED_GROUPS or alone == 0
     rewards = torch.tensor([[-inf, 0., 1., -2.], [-inf] * 4, [inf, 0., 0., 1.], [-inf, inf, -inf, inf]])
-    weights = advantages(rewards, kind, baseline=-1.)
+    weights = advantages(rewards, kind, baseline=-1., log_pi=log_pi)
     assert weights.isfinite().all()
     if sums:
         assert torch.allclose(weights.sum(1), torch.ones(4))
         assert kind != 'softmax' or weights[1:].tolist() == [[.25] * 4, [1, 0, 0, 0], [0, .5, 0, .5]]
     elif not kind.startswith(('quantile', 'softmax')):
         assert weights[1].tolist() == weights[3].tolist() == [0] * 4  # nothing is known of these groups
-    assert advantages(torch.tensor([[math.nan, 1., 2.]]), kind).isnan().any() or kind == 'best'
+    unknown = advantages(torch.tensor([[math.nan, 1., 2.]]), kind, log_pi=log_pi[:1, :3])
+    assert unknown.isnan().any() or kind == 'best'
+
+
+def test_tpo_is_cross_entropy_to_its_target():
+    rewards, log_pi = torch.randn(3, 5), (torch.randn(3, 5) - 9).requires_grad_()
+    spread = rewards.std(1, correction=0, keepdim=True)
+    target = (log_pi.log_softmax(1) + (rewards - rewards.mean(1, keepdim=True)) / spread).softmax(1).detach()
+    loss = -(target * log_pi.log_softmax(1)).sum(1).mean()
+    mine = -(advantages(rewards, 'tpo', log_pi=log_pi.detach()) * log_pi).sum(1).mean()
+    torch.testing.assert_close(*(torch.autograd.grad(x, log_pi)[0] for x in (mine, loss)), rtol=1e-4, atol=1e-6)
 
 
 # ---- tasks
