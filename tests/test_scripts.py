@@ -100,7 +100,6 @@ def test_what_a_run_leaves(script, train, tmp_path):
 
 
 def test_held_out_questions_stay_so_when_a_checkpoint_is_evaluated(train, refuse):
-    """It knows its training pairs by heart and nothing else: the held-out ones of its own split."""
     more = '--weight_decay=0 --max_steps=800 --eval_every=800 --input_max=20 --d_model=64'
     first = train('add_normal', f'{more} --seed=5')
     assert first['accuracy'] > .95 and first['heldout_accuracy'] < .5
@@ -165,7 +164,6 @@ def test_the_folder_is_named_after_what_was_changed(run_here, train, tmp_path, m
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('more', ['', '--search=False --advantage=grpo --fixed=False'])
 def test_a_step_as_a_graph_is_the_step(more, train, tmp_path):
-    """Rollouts that are alike are not read once then: the same up to the last digits."""
     for compiled in (False, True):
         train('add_think_blind', f'--device=cuda --compile={compiled} {more}', str(compiled))
     slow, fast = ([line['thinking_loss'] for line in metrics(tmp_path / name) if 'thinking_loss' in line]
@@ -220,7 +218,6 @@ SIXTEEN = ('--input_max=16 --heldout=.1 --d_thought_vocab=4 --think_len=2 --d_mo
 
 
 def test_blind_policies_invent_a_language(train):
-    """16 answers and 16 codes: every code is needed, and must mean the same to both policies."""
     result = train('add_think_blind', SIXTEEN)
     assert result['accuracy'] > .99 and result['codes'] == 16
     # it is the prices that keep codes apart
@@ -382,7 +379,6 @@ SHORT = ('--task=perm --input_max=5 --n_letters=3 --k=2 --advance_at=.9 --batch_
 
 
 def test_thoughts_are_learned_and_used(train):
-    """Nobody shows the step in between, and answers depend on what is thought of it."""
     result = train('add_think', SHORT + '--max_steps=500')
     assert result['depth'] == 2 and result['heldout_accuracy'] > .95 and others(result) < .6
     assert result['accuracy_at_depth']['2'] == result['heldout_accuracy'] == result['ablation']['own']
