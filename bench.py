@@ -31,9 +31,10 @@ from pathlib import Path
 from statistics import mean, median, stdev, variance
 
 import torch
+from torch.nn.functional import cross_entropy
 
 import utils
-from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig, unpack
+from model import GPT2, GPT2Thinking, ModelConfig, ThinkingModelConfig
 from utils import advantages, fail, git_commit, make_optimizer, need, read_knobs, recorded, write_atomic
 
 # ---- knobs ----
@@ -158,36 +159,44 @@ def from_log(result, log, batch_size):
     return found
 
 
-def origin(suite, row, seed):
-    """
-    Whose language is it? The share of codes that mean the same answer to the answering policy when one thing
-    differs between two runs: questions and noise, or one policy at the start (after one step).
-    """
-    def train(*how):
-        folder, _ = run(suite, row, *how)
-        return torch.load(folder / 'ckpt.pt', weights_only=True)
-
-    def meanings(checkpoint):
-        answering = unpack(checkpoint['models']['answering'])
-        return answering.answer(answering.config.d_normal_vocab + torch.arange(100)[:, None]).argmax(-1)
-
-    begun = [train(s, f'{seed}-begun-{s}', '--max_steps=1') for s in (seed, seed + 100)]
-    found = {}
-    for name, thinking, answering, noise in (('same', 0, 0, 0), ('noise', 0, 0, 1), ('thinking', 1, 0, 0),
-                                             ('answering', 0, 1, 0)):
-        start = begun[noise] | {'models': {'thinking': begun[thinking]['models']['thinking'],
-                                           'answering': begun[answering]['models']['answering']}}
-        path = ROOT / f'out/bench/{suite}-{row}/{seed}-{name}.pt'
-        torch.save(start, path)
-        found[name] = meanings(train(seed + 100 * noise, f'{seed}-{name}', f'--init_from={path}'))
-    return {name: (meaning == found['same']).float().mean().item() for name, meaning in found.items()}
+def reverse(suite, row, seed, n_steps=2000, B=100, G=8):
+    """H bits are to be written in reverse order, paid 1 if all are right, else 0 (Kaddour 2026). row:
+    H-advantage-updates of a batch. 'kept' imitates the last 4096 questions that were answered rightly, with
+    label smoothing until there are many: else the first few would settle what others need."""
+    H, kind, updates = (int(part) if part.isdigit() else part for part in row.split('-'))
+    torch.manual_seed(seed)
+    model = GPT2(ModelConfig(d_vocab=2, block_size=2 * H, n_layer=2, n_head=4, d_model=64, tie_weights=False,
+                             init='unit'))
+    optimizer, errors, n_right, kept = make_optimizer(model, 1e-3, 0.), [], 0, torch.zeros(0, H).long()
+    while len(errors) < n_steps and (len(errors) < 100 or mean(errors[-100:]) > .002):
+        prompt = torch.randint(2, (B, H))
+        many, answer = prompt.repeat_interleave(G, dim=0), model.generate(prompt, H, n_rollouts=G)  # (B G, H)
+        right = (answer == many.flip(1)).all(1).float().view(B, G)
+        errors.append(1 - right.mean().item())
+        new = prompt[right.any(1)]
+        kept, n_right, old = torch.cat([new, kept])[:4096], n_right + len(new), None
+        for _ in range(updates if len(new) else 0):     # else all rewards are alike
+            if kind == 'kept':
+                known = kept[torch.randint(len(kept), (256,))]
+                logits = model(torch.cat([known, known.flip(1)], dim=1)[:, :-1])[:, H - 1:].transpose(1, 2)
+                loss = H * cross_entropy(logits, known.flip(1), label_smoothing=12.8 / (32 + n_right))
+            else:
+                log_pi = model.log_probs(many, answer)[0].sum(1).view(B, G)
+                old = log_pi.detach() if old is None else old
+                weights = advantages(right, kind, log_pi=old)       # and less what earlier updates did
+                loss = -((weights + old.softmax(1) - log_pi.detach().softmax(1)) * log_pi).sum(1).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return {'seed': seed, 'steps': len(errors), 'error': mean(errors[-50:]),
+            'curve': [mean(errors[i:i + 50]) for i in range(0, len(errors), 50)]}
 
 
 def measure(suite, rows):
     """Run rows with every seed, `parallel` runs at once, and keep their results. Returns what failed."""
-    one = {'origin': origin, 'gradient': gradient}.get(suite, learn)
+    one = {'reversal': reverse, 'gradient': gradient}.get(suite, learn)
     failed, once = [], json.dumps(SUITES)   # a row that others start from @0 is run once
-    with ThreadPoolExecutor(1 if suite == 'gradient' else parallel) as pool:    # threads share random numbers
+    with ThreadPoolExecutor(parallel if one == learn else 1) as pool:    # threads share random numbers
         for row in rows:
             n = 1 if f'{suite}/{row}@0' in once else seeds
             running[row] = [pool.submit(one, suite, row, seed) for seed in range(n)]
@@ -241,18 +250,6 @@ def forming(every=20, scale=4):
 
 # ---- speed ----
 
-def timed(function, repeats=5):
-    """Seconds of each of `repeats` calls after a first one, with the work that they leave to the GPU."""
-    seconds = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return seconds[1:]
-
-
 KINDS = {   # of kernels: parts of their names, the first that fits counts
     'attention': 'flash|fmha|attend|sdpa|cudnn', 'matrices': 'nvjet|gemm|gemv|cutlass|cublas',
     'norms': 'layer_norm', 'loss-and-sampling': 'softmax|sort|scan|argmax|gather', 'GELU': '(?i)gelu',
@@ -273,19 +270,22 @@ def profile(function, milliseconds):
 
 
 def speeds(ways, tokens, repeats=5):
-    """For each of ways {name: function} to do a job: milliseconds, tokens per second, memory, shares."""
+    """Milliseconds, tokens per second, memory of ways {name: function} to do a job on a GPU."""
     found = {}
     for name, function in ways.items():
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        milliseconds = [1000 * s for s in timed(function, repeats)]
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        ends = []
+        for _ in range(repeats + 1):
+            function()
+            torch.cuda.synchronize()
+            ends.append(1000 * time.perf_counter())
+        milliseconds = [after - before for before, after in itertools.pairwise(ends)]
         middle = median(milliseconds)
-        found[name] = {'milliseconds': milliseconds, 'tokens_per_second': 1000 * tokens / middle}
-        if torch.cuda.is_available():
-            found[name]['peak_memory_mb'] = round(torch.cuda.max_memory_allocated() / 2**20)
-            if middle < 2000:       # else the profile is too large
-                found[name]['share'] = profile(function, middle)
+        found[name] = {'milliseconds': milliseconds, 'tokens_per_second': 1000 * tokens / middle,
+                       'peak_memory_mb': round(torch.cuda.max_memory_allocated() / 2**20)}
+        if middle < 2000:       # else the profile is too large
+            found[name]['share'] = profile(function, middle)
     return found
 
 
