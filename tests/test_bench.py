@@ -32,6 +32,11 @@ def test_the_exact_gradient_is_that_of_the_expected_reward(bench, reward):
     assert torch.allclose(exact, torch.cat([part.flatten() for part in by_autograd]), atol=1e-5)
 
 
+@pytest.mark.parametrize('row', ['1-kept-2', '1-tpo-2'])
+def test_a_bit_is_learned_to_be_repeated(bench, row):
+    assert bench['reverse']('reversal', row, 0, n_steps=30, B=8)['error'] < .2
+
+
 # ---- the pages
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'assets/notes').glob('*.md'))]

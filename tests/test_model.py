@@ -365,7 +365,6 @@ def test_thoughts_everywhere_know_nothing_of_the_text_behind_them(readers, kind)
 
 
 def test_thoughts_written_at_once_are_one_of_their_product():
-    """Two of three tokens each are one of nine, whose embeddings are the sums."""
     model = text_model(d_thought_vocab=6)
     tokens, noise = torch.randint(11, (3, 7)), torch.rand(6, 7, 4)
     thoughts, log_probs, entropies, plain, last = model.think_everywhere(tokens, noise, at_once=2)

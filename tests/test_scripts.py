@@ -485,7 +485,6 @@ def assert_same_runs(a, b):
     ('add_think_blind', '--search=False --advantage=grpo --dtype=bfloat16'),
     ('supervised_rollout_think', '--thought_kind=straight_through --dropout=.1')])
 def test_interrupted_and_resumed_equals_uninterrupted(script, more, train, run_here, tmp_path):
-    """Before the second checkpoint, behind it, and while the last one is evaluated."""
     train(script, more, 'whole')
     broken = [script, *more.split(), '--out_dir=broken']
     interrupt(2, run_here, *broken)
@@ -553,7 +552,6 @@ def test_two_processes_equal_one(scripts, train, tmp_path):
 
 
 def assert_alike(*folders):
-    """Metrics of two runs, by one process and by several, are equal up to rounding."""
     for one, two in zip(*map(metrics, folders), strict=True):
         for name in one.keys() - {'chosen_codes', 'distinct_thoughts'}:  # a process counts its own
             assert two[name] == pytest.approx(one[name], abs=1e-3), name
