@@ -55,7 +55,7 @@ advance_at = .96              # share of right answers, a running mean, at which
 group_size = 8                # G: rollouts of a question
 baseline = 'group'            # 'group' | 'batch' | 'no_think': their mean, or a lagged copy without thoughts
 advantage = 'dr_grpo'         # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best' | 'batch_std' | 'quantile' |
-                              # 'quantile_batch' | 'softmax_quantile' | 'softmax_centred' | 'tpo': by group
+                              # 'quantile_batch' | 'softmax_quantile' | 'softmax_centred' | 'tpo': see utils
 tau = 1.                      # temperature of the three softmax and tpo
 code_price = 3.               # nats per log of a thought's overuse, so that no two states share a thought
 epsilon = 0.                  # share of thoughts that are random; falls to zero over the first half

@@ -160,9 +160,9 @@ def from_log(result, log, batch_size):
 
 
 def reverse(suite, row, seed, n_steps=2000, B=100, G=8):
-    """H bits are to be written in reverse order, paid 1 if all are right, else 0 (Kaddour 2026). row:
-    H-advantage-updates of a batch. 'kept' imitates the last 4096 questions that were answered rightly, with
-    label smoothing until there are many: else the first few would settle what others need."""
+    """Writes H bits in reverse order, paid 1 if all are right, else 0 (Kaddour 2026). Skips batches without a
+    right answer. row: H-advantage-updates of a batch, several only of tpo and 'kept': that trains on the last
+    4096 solved questions, with label smoothing that fades as they get more: the first few alone mislead."""
     H, kind, updates = (int(part) if part.isdigit() else part for part in row.split('-'))
     torch.manual_seed(seed)
     model = GPT2(ModelConfig(d_vocab=2, block_size=2 * H, n_layer=2, n_head=4, d_model=64, tie_weights=False,
@@ -175,7 +175,7 @@ def reverse(suite, row, seed, n_steps=2000, B=100, G=8):
         errors.append(1 - right.mean().item())
         new = prompt[right.any(1)]
         kept, n_right, old = torch.cat([new, kept])[:4096], n_right + len(new), None
-        for _ in range(updates if len(new) else 0):     # else all rewards are alike
+        for _ in range(updates if len(new) else 0):
             if kind == 'kept':
                 known = kept[torch.randint(len(kept), (256,))]
                 logits = model(torch.cat([known, known.flip(1)], dim=1)[:, :-1])[:, H - 1:].transpose(1, 2)
@@ -270,7 +270,7 @@ def profile(function, milliseconds):
 
 
 def speeds(ways, tokens, repeats=5):
-    """Milliseconds, tokens per second, memory of ways {name: function} to do a job on a GPU."""
+    """Of ways {name: function} to do a job on a GPU: milliseconds, tokens per second, memory, shares."""
     found = {}
     for name, function in ways.items():
         torch.cuda.empty_cache()

@@ -739,8 +739,8 @@ NEED_GROUPS = ADVANTAGES.keys() - SUM_TO_ONE - {'raw', 'reinforce'}  # always 0 
 
 
 def advantages(rewards, kind, tau=1., baseline=0., batch=None, log_pi=None):
-    """Weights (N, G) of rollouts by rewards (N, G): the loss is -sum of weight * log-probability over a
-    group. baseline: of reinforce, a number or (N, 1). batch: the rewards of all processes. log_pi: of tpo."""
+    """Weights (N, G) of rollouts by rewards (N, G): the loss is -sum of weight * log-probability in a group.
+    baseline: of reinforce, a number or (N, 1). batch: rewards of all processes. log_pi: (N, G), of tpo."""
     weights = ADVANTAGES[kind](rewards, tau, baseline, rewards if batch is None else batch, log_pi)
     return weights if kind in SUM_TO_ONE else weights / rewards.shape[1]
 
