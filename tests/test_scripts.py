@@ -424,7 +424,7 @@ def test_what_rollouts_are_compared_with(baseline, names_of):
     question, states = script['draw'](3, 2)
     thought, answer = script['n_tokens'] + torch.randint(5, (12, 1)), states[:, -1]
     rewards = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    weights, _ = script['pay'](question, thought, answer, rewards)
+    weights, _ = script['pay'](question, thought, answer, rewards, 0. * thought)
     at_once = script['respond'](question, question[:, :0])[2].detach().gather(1, answer[:, None])
     base = {'group': rewards.mean(1, keepdim=True), 'batch': rewards.mean(), 'no_think': at_once}[baseline]
     torch.testing.assert_close(weights * 4, rewards - base)
