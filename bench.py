@@ -161,8 +161,8 @@ def from_log(result, log, batch_size):
 
 def reverse(suite, row, seed, n_steps=2000, B=100, G=8):
     """Writes H bits in reverse order, paid 1 if all are right, else 0 (Kaddour 2026). Skips batches without a
-    right answer. row: H-advantage-updates of a batch, several only of tpo and 'kept': that trains on the last
-    4096 solved questions, with label smoothing that fades as they get more: the first few alone mislead."""
+    right answer. row: H-advantage-updates of a batch, above 1 only for tpo and 'kept'. 'kept' trains on the
+    last 4096 solved questions, with label smoothing that fades as they grow: the first few mislead."""
     H, kind, updates = (int(part) if part.isdigit() else part for part in row.split('-'))
     torch.manual_seed(seed)
     model = GPT2(ModelConfig(d_vocab=2, block_size=2 * H, n_layer=2, n_head=4, d_model=64, tie_weights=False,
@@ -183,7 +183,7 @@ def reverse(suite, row, seed, n_steps=2000, B=100, G=8):
             else:
                 log_pi = model.log_probs(many, answer)[0].sum(1).view(B, G)
                 old = log_pi.detach() if old is None else old
-                weights = advantages(right, kind, log_pi=old)       # and less what earlier updates did
+                weights = advantages(right, kind, log_pi=old)       # tpo goes on to its target
                 loss = -((weights + old.softmax(1) - log_pi.detach().softmax(1)) * log_pi).sum(1).mean()
             loss.backward()
             optimizer.step()
