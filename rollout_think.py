@@ -62,7 +62,7 @@ d_thought_vocab = 64          # L: thought tokens
 think_len = 1                 # T: largest number of thoughts before a normal token; 0: none
 fixed = False                 # always T thoughts before a normal token
 advantage = 'dr_grpo'         # 'dr_grpo' | 'grpo' | 'rloo' | 'quantile' | 'softmax' | 'softmax_quantile' |
-                              # 'softmax_centred' | 'best' | 'tpo' (math only): see utils.py
+                              # 'softmax_centred' | 'best': see utils.py
 tau = 1.                      # of softmax
 gamma = .9                    # share of its return that a normal token passes on to the one before
 entropy_weight = 1.           # reward for entropy: times a normal token's own -log p
@@ -87,8 +87,6 @@ if group_size < 2:
     fail(f'rollouts of a prefix are compared: group_size={group_size} must be at least 2')
 if init_from == 'scratch' or reward == 'text' and not reference:
     fail('it needs a model to start from, --init_from; for text also a --reference')
-if reward == 'text' and advantage == 'tpo':
-    fail('advantage=tpo weighs whole solutions: --reward=math')
 world, G = World(knobs), group_size
 
 # ---- text: data and models ----
@@ -388,12 +386,12 @@ def problem_losses(problems, dice):
     tokens, mask, texts, endless = solve(asked, given, dice[0])
     grades = [grade(text, problems[n // G]['answer']) for n, text in enumerate(texts)]
     right, formed = torch.tensor(grades, device=world.device).float().T  # (N,)
+    weights = advantages((right + format_weight * formed).view(-1, G), advantage, tau)  # (B, G)
     # each part is read again for its gradient, so that only one at a time is in memory
     parts = zip(*(x.split(micro_batch or len(x)) for x in (asked, given, tokens, mask)))
     log_pi = torch.cat([checkpoint(solution_log_probs, *part, use_reentrant=False, preserve_rng_state=False)
-                        for part in parts]).sum(1).view(-1, G)  # (B, G)
-    weights = advantages((right + format_weight * formed).view(-1, G), advantage, tau, log_pi=log_pi.detach())
-    loss = -(weights * log_pi).sum() / (len(problems) * text_len)
+                        for part in parts])  # (N, T)
+    loss = -(weights.flatten() * log_pi.sum(1)).sum() / (len(problems) * text_len)
     return loss, {'accuracy': right.mean(), 'format': formed.mean(), 'length': mask.sum(1).float().mean(),
                   'mixed': (right.view(-1, G).std(1) > 0).float().mean(),   # groups with right and wrong ones
                   'cut_off': endless.float().mean(), 'entropy': -log_pi.detach().sum() / mask.sum(),

@@ -5,7 +5,7 @@ all seeds are one batch of matrices, and a step is one CUDA graph.
 
     python trials/reversal_curve.py --out=results.jsonl 10-tpo-1 10-tpo-4 16-kept-4 ...
 
-A run is H-method-updates[-option...]: options of tpo: plain (no standardisation), plain-sharp (instead, a temperature of .1), flat (no anchor); of grpo:
+A run is H-method-updates[-option...]: options of tpo: plain (no standardisation), flat (no anchor); of grpo:
 clip (PPO's, .2 per token), kl (.04, to the policy that wrote). As in `reverse`, a seed is not updated by a batch
 without a right answer, and counts as solved (and stopped) when at most .2% of its last 100 batches are wrong.
 """
@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-torch._dynamo.config.recompile_limit = 200
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from model import GPT2, ModelConfig  # noqa: E402
@@ -31,15 +29,6 @@ lr, B, G, C, heads = 1e-3, 100, 8, 64, 4
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 torch.backends.cuda.matmul.allow_tf32 = True
 began_all = time.time()
-
-
-@torch.compile(dynamic=False)
-def attend(q, k, v, mask):
-    """Attention of q (N, heads, T, D) to k, v (N, heads, L, D) where mask (T, L): sequences are too short for
-    matrix units, so products are sums that the compiler fuses."""
-    scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) * q.shape[-1] ** -.5
-    p = torch.where(mask, scores, -torch.inf).softmax(-1)
-    return (p[..., None] * v[:, :, None]).sum(3)
 
 
 class Models:
@@ -81,11 +70,12 @@ class Models:
             qkv = linear(norm(x, f'h.{i}.ln_1'), f'h.{i}.attn.c_attn')
             q, k, v = (y.view(S * N, T, heads, C // heads).transpose(1, 2) for y in qkv.split(C, dim=-1))
             if cache is not None:
-                for kept, new in zip(cache[i], (k, v)):
-                    kept[:, :, start:start + T] = new
-                k, v = cache[i] if T == 1 else (k, v)
-            mask = torch.arange(k.shape[2], device=device) <= torch.arange(start, start + T, device=device)[:, None]
-            y = attend(q, k, v, mask)
+                k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache[i], (k, v))) if cache[i] else (k, v)
+                cache[i] = (k, v)
+            if T == 1:
+                y = ((q * (C // heads) ** -.5) @ k.transpose(2, 3)).softmax(-1) @ v
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + linear(y.transpose(1, 2).reshape(S, N, T, C), f'h.{i}.attn.c_proj')
             y = F.gelu(linear(norm(x, f'h.{i}.ln_2'), f'h.{i}.mlp.c_fc'), approximate='tanh')
             x = x + linear(y, f'h.{i}.mlp.c_proj')
@@ -112,9 +102,9 @@ def learn(name):
 
     @torch.no_grad()
     def rollouts(prompt):
-        p, cache = models.named(), [torch.zeros(2, S * B, heads, 2 * H, C // heads, device=device) for _ in 'ab']
+        p, cache = models.named(), [None, None]
         logits = models.states(p, prompt, 0, cache)[:, :, -1].repeat_interleave(G, dim=1)
-        cache = [kv.repeat_interleave(G, dim=1) for kv in cache]
+        cache = [tuple(y.view(S, B, *y.shape[1:]).repeat_interleave(G, dim=1).flatten(0, 1) for y in kv) for kv in cache]
         bits = []
         for i in range(H):
             bit = (torch.rand(S, B * G, device=device) < logits.softmax(-1)[..., 1]).long()
@@ -160,7 +150,7 @@ def learn(name):
                 was = old.sum(2).view(S, B, G)
                 if method == 'tpo':
                     u = right - right.mean(2, keepdim=True)
-                    u = right / (.1 if 'sharp' in how else 1.) if 'plain' in how else u / (u.square().mean(2, keepdim=True).sqrt() + 1e-6)
+                    u = right if 'plain' in how else u / (u.square().mean(2, keepdim=True).sqrt() + 1e-6)
                     q = ((0. if 'flat' in how else was.log_softmax(2)) + u).softmax(2)
                     if 'flat' in how:       # else groups of equal rewards would be drawn towards uniform
                         q = torch.where(right.std(2, keepdim=True) > 0, q, log_pi.detach().softmax(2))
@@ -222,13 +212,12 @@ def learn(name):
             file.write(json.dumps({'row': name, 'seconds': time.time() - began, 'runs': runs}) + '\n')
 
 
-@torch.no_grad()
 def check():
     models = Models(5)
     tokens = torch.randint(2, (S, 7, 9), device=device)
     mine = models.states(models.named(), tokens)
     assert torch.allclose(mine[-1].cpu(), models.one(tokens[-1].cpu()), atol=2e-2 if device == 'cuda' else 1e-4)
-    cache = [torch.zeros(2, S * 7, heads, 10, C // heads, device=device) for _ in 'ab']
+    cache = [None, None]
     part = [models.states(models.named(), tokens[..., :5], 0, cache)] + [models.states(models.named(), tokens[..., i:i + 1], i, cache) for i in range(5, 9)]
     assert torch.allclose(torch.cat(part, dim=2), mine, atol=2e-2 if device == 'cuda' else 1e-4)
 
