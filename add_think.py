@@ -28,9 +28,9 @@ from utils import (Run, SerialTask, World, ablations, advantages, concentration,
 
 # ---- knobs ----
 
-task = 'add'                  # 'add' | 'plus' | 'perm' | 's5' | 'hop' | 'sort': see SerialTask in utils.py
-input_max = 11                # M: states are 0..M-1, for 'add' a prime; 's5' has 120
-n_letters = 10                # operations of 'perm' and 's5' to choose from; length of the lists of 'sort'
+task = 'add'                  # 'add' | 'perm' | 's5' | 'story': see SerialTask in utils.py
+input_max = 11                # M: states are 0..M-1, for 'add' a prime; 's5' has 120, 'story' 5
+n_letters = 10                # operations of 'perm' and 's5' to choose from
 k = 6                         # depth: operations per question
 k_test = 0                    # greatest depth that is tested, beyond training; 0: k
 heldout = .1                  # share of the questions of depth k that is never trained on
@@ -87,12 +87,10 @@ world = World(knobs)
 
 questions = SerialTask(task, input_max, n_letters, seed)
 n_states, k_most = questions.n_states, max(k, k_test)
-if task == 'sort' and k_most > n_letters:
-    fail(f'a list of n_letters={n_letters} has no number {k_most} in order')
 if thoughts == 'chain' and (d_thought_vocab < n_states or think_len):
     fail(f'thoughts=chain needs --d_thought_vocab={n_states} or more, one for each state, and --think_len=0')
 shares = torch.arange(1, k + 1.) ** -mixture            # of depths 1 to k in a mixture
-hashing = torch.randint(2**24, (questions.n_prefix + k + 2,), generator=torch.Generator().manual_seed(seed))
+hashing = torch.randint(2**24, (k + 2,), generator=torch.Generator().manual_seed(seed))
 
 
 def draw(n, depth, generator=world.generator, test=False):
@@ -101,7 +99,8 @@ def draw(n, depth, generator=world.generator, test=False):
     while sum(len(question) for question, _ in parts) < n:
         question, states = questions.draw(2 * n, depth, generator)
         if depth == k and heldout:      # split by a hash, as there are too many questions to list
-            chance = (question * hashing.to(question.device)).sum(1)
+            key = states if task == 'story' else question       # not in other words either
+            chance = (key * hashing[:key.shape[1]].to(key.device)).sum(1)
             for _ in range(2):          # mix the bits
                 chance = (chance ^ chance >> 15) * 0x9E3779B1 & 0xFFFFFFFF
             keep = (chance / 2**32 < heldout) == test
@@ -118,9 +117,10 @@ def n_thoughts(depth):
 
 
 def places(question):
-    """Positions (S,) of a question's tokens. recount: '=' sits at the start, thought t at operation t."""
-    position = torch.arange(question.shape[1], device=question.device)
-    position[-1] = questions.n_prefix if recount else position[-1]
+    """Positions (S,) of a question's tokens: their places. recount: the last token is put at the start, so
+    thought t is at operation t."""
+    position = torch.arange(question.shape[1], device=question.device) // questions.width
+    position[-1] = questions.first if recount else position[-1]
     return position
 
 
@@ -130,7 +130,7 @@ n_tokens = len(questions.names)
 thought_tokens = range(n_tokens, n_tokens + d_thought_vocab)
 shape = dict(n_layer=n_layer, n_head=n_head, d_model=d_model, position_encoding=position_encoding,
              init='unit', tie_weights=False,
-             block_size=questions.n_prefix + k_most + 3 + (think_len or k_most + 1))
+             block_size=(questions.first + k_most + 2) * questions.width + 2 + (think_len or k_most))
 config = (ModelConfig(d_vocab=n_tokens, **shape) if thoughts == 'none' else
           ThinkingModelConfig(d_normal_vocab=n_tokens, d_thought_vocab=d_thought_vocab, **shape))
 model = make_model(config, knobs.checkpoint).to(world.device)
@@ -160,7 +160,7 @@ def think(question, states, noise, **sampling):
 
 
 def respond(question, thought, by=model):
-    """Log-probabilities and entropies (N, T) of thoughts, log-probabilities (N, M) of answers."""
+    """Log p and entropies (N, T) of thoughts after questions (B, S), log p (N, M) of answers."""
     if thoughts == 'none':
         logits = by(question, None, places(question))[:, -1]
         log_pi = entropy = logits[:, :0]
@@ -178,7 +178,7 @@ def losses(question, states, step):
     thought = think(question, states, noise, epsilon=epsilon * max(0, 1 - 2 * step / max_steps))
     if n_cut:
         thought = add_copies(thought.view(B, -1, T), world.draw(batch_size, G)[:, :n_cut])
-    question, answer = question.repeat_interleave(G, dim=0), states[:, -1].repeat_interleave(G)
+    answer = states[:, -1].repeat_interleave(G)
     log_pi, entropy, log_q = respond(question, thought)                     # (B G, T), (B G, n_states)
     log_p_answer = log_q.gather(1, answer[:, None]).view(B, G)
     loss, seen = -log_p_answer.mean(), {}
@@ -186,8 +186,8 @@ def losses(question, states, step):
         loss = loss - log_pi.sum(1).mean()
     elif thoughts == 'own' and T:
         if baseline == 'no_think':      # what the lagged copy is to learn
-            loss = loss + F.nll_loss(respond(question[::G], thought[::G, :0])[2], answer[::G])
-        weights, seen = pay(question[::G], thought, answer[::G], log_p_answer.detach(), log_pi.detach())
+            loss = loss + F.nll_loss(respond(question, thought[::G, :0])[2], answer[::G])
+        weights, seen = pay(question, thought, answer[::G], log_p_answer.detach(), log_pi.detach())
         new = max(0, 1 - (step - state['since'].item()) / 300)      # 1 to 0 in a depth's first 300 steps
         bonus = entropy_weight / 5 + (entropy_weight - entropy_weight / 5) * new
         loss = loss - (weights * log_pi.sum(1).view(B, G)).sum(1).mean() - bonus * entropy.sum(1).mean()

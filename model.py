@@ -372,7 +372,6 @@ class GPT2Thinking(GPT2):
         if noise is None:
             noise = torch.rand(len(question) * n_rollouts, think_len, device=question.device)
         many = question.repeat_interleave(n_rollouts, dim=0)  # (N, S)
-        # on a CPU, or with fewer prefixes than rollouts: merge them
         repetitive = not question.is_cuda or len(choices) ** (think_len - 1) < n_rollouts
         if grad and repetitive and use_cache and not utils.recording:
             return Thoughts(*think_merged(self, KVCache(), many, choices, noise, stop, temperature, epsilon))
@@ -406,16 +405,18 @@ class GPT2Thinking(GPT2):
         return self.logits(states, range(self.config.d_normal_vocab))
 
     def think_and_answer(self, question, thoughts, fixed=True, positions=None):
-        """Read questions (N, S) and thoughts (N, T), perhaps none, in one pass. Returns log-probabilities and
+        """Read questions (B, S), each once, and the thoughts (N, T) after them. Returns log-probabilities and
         entropies of thoughts, 0 after an end_thought, and logits (N, d_normal_vocab) of the answer, read
-        where another thought would be written: at the last thought, or at the end of the question."""
-        (N, S), T, choices = question.shape, thoughts.shape[1], self.thought_range(fixed)
+        where another thought would be."""
+        (B, S), (N, T), cache = question.shape, thoughts.shape, KVCache()
         positions = count_on(positions, S, T, question.device)
-        states = self.hidden(torch.cat([question, thoughts], dim=1), None, positions)
-        logits = self.logits(states[:, S - 1:S - 1 + T], choices)  # (N, T, L)
-        both = self.until_end(thoughts, *choice(logits, thoughts - choices.start))
-        last = states[torch.arange(N, device=question.device), S - 1 + self.n_thoughts(thoughts)]
-        return *both, self.logits(last, range(self.config.d_normal_vocab))
+        states = self.hidden(question, cache, positions[:S])[:, -1:].repeat_interleave(N // B, dim=0)
+        if T:
+            cache.repeat(N // B)
+            states = torch.cat([states, self.hidden(thoughts, cache, positions[S:])], dim=1)  # (N, 1 + T)
+        choices, last = self.thought_range(fixed), states[torch.arange(N), self.n_thoughts(thoughts)]
+        both = choice(self.logits(states[:, :T], choices), thoughts - choices.start)
+        return *self.until_end(thoughts, *both), self.logits(last, range(self.config.d_normal_vocab))
 
     # ---- thoughts as numbers
 
@@ -490,9 +491,8 @@ class GPT2Thinking(GPT2):
         thoughts to read. fixed: as in think.
 
         Returns, with gradient: thoughts, log-probabilities and entropies (N, S, T), 0 after an end_thought;
-        states (B, S, d_model) without thoughts; states (N, S, d_model) that predict the next token: at the
-        last thought; with config.gate: those without thoughts, plus gate * these. Raises
-        ValueError."""
+        states (B, S, d_model) without thoughts; states (N, S, d_model) that predict the next token: those at
+        the last thought; with config.gate those without thoughts + gate * these. Raises ValueError."""
         (B, S), (N, _, T), choices = tokens.shape, noise.shape, self.thought_range(fixed)
         if S + T > self.config.block_size:
             raise ValueError(f'{S} tokens and {T} thoughts are more than block_size={self.config.block_size}')

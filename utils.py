@@ -27,11 +27,10 @@ import torch.nn.functional as F
 from filelock import FileLock
 from tqdm import tqdm
 
-try:
+triton = None
+with suppress(ImportError):  # without a GPU
     import triton
     import triton.language as tl
-except ImportError:  # without a GPU
-    triton = None
 
 
 # ---- what ends a program early, knobs ----
@@ -43,7 +42,7 @@ def fail(message):
 
 
 def excepthook(kind, error, trace):
-    """What is no bug ends a script in one line: a ValueError of this folder is a user's mistake."""
+    """One line for what is no bug; a ValueError of this folder is a user's mistake."""
     first, source = str(error).strip().partition('\n')[0], traceback.extract_tb(trace)[-1].filename
     if kind is BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,8 +72,8 @@ def need(package, purpose):
 LIMITS = {name: limits for limits, names in {  # least, most; others: 0 and 2^31
     (1, 2**31): 'max_steps inner_steps eval_every eval_questions log_every n_tokens seeds parallel',
     (1, 2**20): 'batch_size d_thought_vocab d_model text_len eval_sequences eval_prefixes prefix_len',
-    (1, 10**5): 'n_problems', (2, 2**31): 'input_max n_questions', (1, 2**8): 'n_layer n_head',
-    (1, 2**12): 'group_size n_adds k n_letters at_once', (0, 2**12): 'think_len', (0, 2**10): 'k_test',
+    (1, 10**5): 'n_problems', (2, 2**31): 'input_max n_questions', (1, 120): 'n_layer n_head n_letters',
+    (1, 2**12): 'group_size n_adds k at_once', (0, 2**12): 'think_len', (0, 2**10): 'k_test',
     (1e-6, 1e9): 'tau max_seconds', (1e-3, 1e3): 'temperature', (0, 1): 'epsilon advance_at',
     (0, .9999): 'beta2', (0, .99): 'heldout val_share dropout',
 }.items() for name in names.split()}
@@ -159,8 +158,6 @@ def check_knob(name, value, comment):
     number, (low, high) = type(value) in (int, float), LIMITS.get(name, (0, 2**31))
     if number and not low <= value <= high:  # nor nan
         fail(f'--{name}={value} must be between {low:g} and {high:g}')
-    if isinstance(value, str) and not value.isprintable():
-        fail(f'--{name}={value!r} cannot be printed')
     choices = re.findall(r"'([^']*)'", comment) if "' | '" in comment else [value]
     if value not in choices:
         fail(f'--{name}={value} must be one of {", ".join(choices)}')
@@ -169,7 +166,7 @@ def check_knob(name, value, comment):
 # ---- device and processes ----
 
 class World:
-    """Device and processes. Each draws the whole batch's random numbers and reads its share of the rows."""
+    """Device and processes. Each draws all random numbers and reads its share of the rows."""
     def __init__(self, knobs):
         if ('RANK' in os.environ) != ('WORLD_SIZE' in os.environ):
             fail('of RANK and WORLD_SIZE only one is set')
@@ -190,13 +187,13 @@ class World:
         kind = self.device.type
         if kind == 'cuda':
             torch.cuda.set_device(self.device)
-        if self.size > 1:  # each restart meets elsewhere: addresses of the dead are left
+        if self.size > 1:  # restarts: addresses of the dead are left
             place = os.environ.get('TORCHELASTIC_RESTART_COUNT', '')
             store = dist.PrefixStore(place, next(dist.rendezvous('env://'))[0])
             dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', store=store, rank=self.rank,
                                     world_size=self.size)
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=knobs.get('dtype') == 'bfloat16')
-        if kind == 'cpu':  # the same bits every time, or resumed runs differ
+        if kind == 'cpu':  # the same bits every time
             os.environ.setdefault('MKL_CBWR', 'AUTO,STRICT')  # MKL may not vary its code,
             torch.set_num_threads(torch.get_num_threads())  # nor threads,
             for function in (torch.exp, torch.log, torch.sin, torch.cos, torch.tanh):
@@ -271,7 +268,7 @@ CHECKPOINT = {'script': str, 'knobs': dict, 'models': dict, 'optimizers': list, 
 
 
 def load_checkpoint(path, text=None):
-    """Read a checkpoint, in which nothing can run; or fail. text: whose tokens it must know."""
+    """Read a checkpoint, which runs no code, or fail. text: whose tokens it must know."""
     if not os.path.isfile(path):
         fail(f'there is no checkpoint {path}')
     try:
@@ -294,7 +291,6 @@ def pack(model):
     return {'kind': type(model.config).__name__, 'config': asdict(model.config), 'state': model.state_dict()}
 
 
-# what a run leaves
 OURS = r'((config\.json|metrics\.jsonl|samples\.txt|(ckpt|best)\.pt|\w+\.html)(\.tmp)?|\.lock|wandb)'
 
 
@@ -314,7 +310,7 @@ class Run:
             fail(f'cannot use {self.folder} (--out_dir): {error}')
 
     def resume(self):
-        """Go on where the checkpoint was written. Raises many kinds of errors."""
+        """Go on where the checkpoint was written."""
         old = self.resumed
         self.start, self.best, self.first_step = self.start - old['seconds'], old['best'], old['step']
         for optimizer, saved in zip(self.optimizers, old['optimizers'], strict=True):
@@ -375,7 +371,6 @@ class Run:
                                           config=dict(self.knobs), dir=self.folder, **same)
 
     def seconds(self):
-        """Seconds of this run, also before a resume."""
         return time.time() - self.start
 
     def steps(self, last):
@@ -433,7 +428,6 @@ class Run:
             self.wandb.log(numbers, step=step)
 
     def check(self, good, what, step):
-        """Fail if training has diverged."""
         if not good:
             fail(f'{what} at step {step}: training diverged, a smaller learning_rate may help{Run.where}')
 
@@ -525,72 +519,74 @@ def addition_questions(input_min, input_max, heldout, seed, n_adds=2, n_max=10**
     return rows[n_heldout:], rows[:n_heldout]
 
 
+PEOPLE, THINGS = 'Anna Ben Carla David Eva'.split(), 'book cup key lamp coin'.split()
+STORY = {  # two wordings of a line; who then has what s had. Ben, 1, is to the right of Anna, 0
+    '{a} has the {x} .|the {x} belongs to {a} .': lambda s, a, b: s,
+    '{a} and {b} trade .|{a} swaps with {b} .': lambda s, a, b: {a: b, b: a}.get(s, s),
+    'all pass to the left .|left they go .': lambda s, a, b: (s - 1) % 5,
+    'all pass to the right .|right they go .': lambda s, a, b: (s + 1) % 5,
+    'all swap across {a} .|{a} is the mirror .': lambda s, a, b: (2 * a - s) % 5,
+    'it starts to rain .|{a} waves at {b} .': lambda s, a, b: s,
+    'who has the book now ?|whose is the book ?': lambda s, a, b: s}
+
+
 class SerialTask:
-    """Questions worked out step by step: a start and *depth* operations, each leads to a state, the last
-    one is the answer.
+    """Questions worked out step by step: a start and *depth* operations, each leads to a state, the last one
+    is the answer. names: of tokens, first of states.
 
     'add'   a running total modulo a prime; an operation is + c, or x c with c > 0
-    'plus'  only additions, modulo any number
     'perm'  n states; operations are n_letters random permutations
-    's5'    states are the 120 permutations of 5 things; operations, n_letters of them
-    'hop'   a random mapping f of n elements, as tokens v>f(v); every operation is f
-    'sort'  n_letters numbers below n, in place of a start; an operation asks for the next
+    's5'    states are the permutations of 5 things; operations, n_letters of them
+    'story' who has the book now? The first operation is to find who had it, any other is a line of text
 
-    names: of states 0..n_states-1, operations, arrows, '='. n_prefix tokens stand before the start.
+    A place has `width` tokens; that of the start is `first`.
     """
     def __init__(self, task, n_states, n_letters=10, seed=0):
         generator = torch.Generator().manual_seed(seed)
         states = torch.arange(n_states)
-        self.task, self.n_states, self.n_prefix, self.table = task, n_states, 0, None
-        if task in ('add', 'plus'):
-            factors = range(1, n_states if task == 'add' else 1)
-            if factors and any(n_states % d == 0 for d in range(2, math.isqrt(n_states) + 1)):
+        self.task, self.first, self.width = task, 0, 1
+        if task == 'add':
+            if any(n_states % d == 0 for d in range(2, math.isqrt(n_states) + 1)):
                 raise ValueError(f'products need a prime modulus, not input_max={n_states}')
-            names = [f'+{c}' for c in range(n_states)] + [f'*{c}' for c in factors]
-            self.table = torch.stack([states + c for c in states] + [states * c for c in factors]) % n_states
+            letters = [f'+{c}' for c in range(n_states)] + [f'*{c}' for c in range(1, n_states)]
+            self.table = torch.cat([states[:, None] + states, states[1:, None] * states]) % n_states
         elif task == 'perm':
-            names = [f'p{i}' for i in range(n_letters)]
-            self.table = torch.stack([torch.randperm(n_states, generator=generator) for _ in names])
+            letters = [f'p{i}' for i in range(n_letters)]
+            self.table = torch.stack([torch.randperm(n_states, generator=generator) for _ in letters])
         elif task == 's5':
-            if n_letters > 120:
-                raise ValueError(f'there are 120 permutations, not n_letters={n_letters}')
-            elements = torch.tensor(list(itertools.permutations(range(5))))
-            letters = elements[torch.randperm(120, generator=generator)[:n_letters]]
-            names = [''.join(map(str, letter)) for letter in letters.tolist()]
-            after = letters[:, elements][:, :, None]
-            self.n_states, self.table = 120, (after == elements).all(-1).int().argmax(-1)
-        elif task == 'hop':
-            names = ['f'] + [f'{v}>{w}' for v in range(n_states) for w in range(n_states)]
-            self.n_prefix = n_states
+            elements = torch.tensor([*itertools.permutations(range(5))])
+            chosen = elements[torch.randperm(120, generator=generator)[:n_letters]]
+            letters = [''.join(map(str, letter)) for letter in chosen.tolist()]
+            self.table = (chosen[:, elements][:, :, None] == elements).all(-1).int().argmax(-1)
         else:
-            if n_letters > n_states:
-                raise ValueError(f'n_letters={n_letters} needs as many numbers below input_max')
-            names, self.n_prefix = ['next'], n_letters - 1
-        self.names = [str(i) for i in range(self.n_states)] + names + ['=']
+            self.first, self.width = 4, 7
+            pairs = [*itertools.product(range(5), repeat=2)]
+            lines = [[('_ ' * 6 + text.format(a=PEOPLE[a], b=PEOPLE[b], x=THINGS[b])).split()[-7:]
+                      for text in texts.split('|')] for texts in STORY for a, b in pairs]  # (175, 2, 7)
+            names = [*dict.fromkeys(PEOPLE + sum(sum(lines, []), []))]
+            self.lines = torch.tensor([[[*map(names.index, line)] for line in two] for two in lines])
+            self.table = torch.tensor([[after(s, a, b) for s in range(5)]
+                                       for after in STORY.values() for a, b in pairs])
+        self.n_states = self.table.shape[1]
+        self.names = names if task == 'story' else [*map(str, range(self.n_states)), *letters, '=']
 
     def draw(self, n, depth, generator):
         """Questions of a depth: tokens (n, S), and states (n, depth)."""
-        random = {'generator': generator, 'device': generator.device}
-        ends = torch.full((n, 1), len(self.names) - 1, device=generator.device)
-        letters = torch.full((n, depth), self.n_states, device=generator.device)
-        if self.task == 'sort':
-            numbers = torch.rand(n, self.n_states, **random).argsort(1)[:, :self.n_prefix + 1]
-            return torch.cat([numbers, letters, ends], dim=1), numbers.sort(1).values[:, :depth]
-        start = torch.randint(self.n_states, (n, 1), **random)
-        if self.task == 'hop':
-            table = torch.randint(self.n_states, (n, self.n_states), **random)
-            order = torch.rand(n, self.n_states, **random).argsort(1)
-            arrows = self.n_states + 1 + order * self.n_states + table.gather(1, order)
-            start = torch.cat([arrows, start], dim=1)
-            chosen = torch.arange(n, device=generator.device).expand(depth, n).T
+        random, table = {'generator': generator, 'device': generator.device}, self.table.to(generator.device)
+        if self.task == 'story':
+            who, what = (torch.rand(n, 5, **random).argsort(1) for _ in range(2))
+            pair = torch.rand(n, depth - 1, 5, **random).argsort(2)  # two different people first
+            chosen = torch.randint(1, 6, (n, depth - 1), **random) * 25 + 5 * pair[..., 0] + pair[..., 1]
+            lines = torch.cat([5 * who + what, chosen, torch.full_like(who[:, :1], 150)], dim=1)
+            wording = torch.randint(2, lines.shape, **random)
+            question, start = self.lines.to(lines.device)[lines, wording].flatten(1), who[what == 0][:, None]
         else:
-            table = self.table.to(generator.device)
+            start = torch.randint(self.n_states, (n, 1), **random)
             chosen = torch.randint(len(table), (n, depth), **random)
-            letters = letters + chosen
-        states = [start[:, -1]]
-        for row in chosen.T:
-            states.append(table[row, states[-1]])
-        return torch.cat([start, letters, ends], dim=1), torch.stack(states[1:], dim=1)
+            ends = torch.full((n, 1), len(self.names) - 1, device=generator.device)
+            question = torch.cat([start, self.n_states + chosen, ends], dim=1)
+        states = [*itertools.accumulate(chosen.T, lambda s, row: table[row, s], initial=start[:, 0])]
+        return question, torch.stack(states[-depth:], dim=1)
 
 
 def gpt2_encoding():
@@ -713,8 +709,7 @@ def quantile(rewards, among):
 
 def softmax(scores):
     """Softmax over rows (N, G), its limit if infinite."""
-    most = scores.amax(1, keepdim=True)
-    return torch.where(scores == most, 0., scores - most).softmax(1)
+    return scores.clamp(-1e30, 1e30).softmax(1)
 
 
 ADVANTAGES = {  # of rewards R (N, G), temperature t, baseline b, the batch's rewards B, log-probabilities p
@@ -753,10 +748,9 @@ def concentration(weights):
 
 
 def balanced_target(scores, prices, tau, n_steps=10):
-    """Which codes each answer is to be written with: softmax(scores / tau - prices), where a code's price
-    rises until no more than its share of answers want it. Sinkhorn's iteration (Cuturi 2013), prices not
-    below 0 as in an auction (Bertsekas 1988). scores: (answers, codes). prices: (codes,), zeros at first.
-    Returns the log of the target, and new prices."""
+    """How answers are to be written, log softmax(scores / tau - prices), (answers, codes), and new prices
+    (codes,), 0 at first, which rise until no more than its share of answers want a code. Sinkhorn's iteration
+    (Cuturi 2013), prices not below 0 as in an auction (Bertsekas 1988)."""
     n_answers, n_codes = scores.shape
     log_share = math.log(max(1., n_answers / n_codes))
     wanted = scores / tau
@@ -796,7 +790,6 @@ COLOURS = {'red': 31, 'green': 32, 'blue': 34, 'magenta': 35, 'cyan': 36}
 
 
 def paint(text, colour):
-    """Coloured text."""
     return f'\033[{COLOURS[colour]}m{text}\033[0m'
 
 
