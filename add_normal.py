@@ -13,10 +13,10 @@ control, with the shape of one of its policies and the same steps. With 'digits'
 0-9, + and =, numbers padded with zeros to equal length, and the sum is not reduced; an answer is right if all
 its digits are, generated one by one.
 """
-import torch
-
 from model import ModelConfig, make_model
 from utils import (Run, World, addition_questions, digits, make_optimizer, paint, read_knobs, schedule)
+
+import torch
 
 # ---- knobs ----
 

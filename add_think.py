@@ -19,17 +19,17 @@ useful thought at the next, so questions get deeper when enough are right; with 
 The answer is read where another thought would be written: the same weights work out a state as answer or as
 thought. Thought t has the position of operation t, so steps look alike (position coupling, Cho et al. 2024).
 """
-import torch
-import torch.nn.functional as F
-
 from model import ModelConfig, ThinkingModelConfig, lagged_copy, make_model
 from utils import (Run, SerialTask, World, ablations, advantages, concentration, fail, heat_map,
                    make_optimizer, picture, read_knobs, schedule)
 
+import torch
+import torch.nn.functional as F
+
 # ---- knobs ----
 
 task = 'add'                  # 'add' | 'perm' | 's5' | 'story': see SerialTask in utils.py
-input_max = 11                # M: states are 0..M-1, for 'add' a prime; 's5' has 120, 'story' 5
+input_max = 11                # M: states are 0..M-1, for 'add' a prime; 's5' has 120, 'story' 5, always
 n_letters = 10                # operations of 'perm' and 's5' to choose from
 k = 6                         # depth: operations per question
 k_test = 0                    # greatest depth that is tested, beyond training; 0: k
@@ -77,7 +77,7 @@ plot = False                  # draw what thoughts mean at the end: meaning.html
 knobs = read_knobs(__file__, globals())
 if baseline != 'group' and advantage != 'dr_grpo':
     fail(f'advantage={advantage} needs --baseline=group')
-if group_size < 2 and baseline == 'group':
+if group_size < 2 and baseline == 'group' and thoughts == 'own':
     fail(f'baseline=group compares the rollouts of a group: group_size={group_size} must be at least 2')
 if not fixed and thoughts != 'own':
     fail(f'thoughts={thoughts} have no end to choose: --fixed=True')
@@ -99,7 +99,7 @@ def draw(n, depth, generator=world.generator, test=False):
     while sum(len(question) for question, _ in parts) < n:
         question, states = questions.draw(2 * n, depth, generator)
         if depth == k and heldout:      # split by a hash, as there are too many questions to list
-            key = states if task == 'story' else question       # not in other words either
+            key = states if task == 'story' else question       # the same in any words
             chance = (key * hashing[:key.shape[1]].to(key.device)).sum(1)
             for _ in range(2):          # mix the bits
                 chance = (chance ^ chance >> 15) * 0x9E3779B1 & 0xFFFFFFFF
@@ -118,7 +118,7 @@ def n_thoughts(depth):
 
 def places(question):
     """Positions (S,) of a question's tokens: their places. recount: the last token is put at the start, so
-    thought t is at operation t."""
+    thought t is at operation t, or line t of a story."""
     position = torch.arange(question.shape[1], device=question.device) // questions.width
     position[-1] = questions.first if recount else position[-1]
     return position

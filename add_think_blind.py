@@ -21,13 +21,13 @@ policy gradients (--search=False --advantage=rloo), without importance weights, 
 import math
 from functools import partial
 
-import torch
-import torch.nn.functional as F
-
 from model import ThinkingModelConfig, make_model
 from utils import (NEED_GROUPS, Run, World, ablations, addition_questions, advantages, balanced_target,
                    concentration, curve, digits, distinct, fail, fused, heat_map, judge, make_optimizer,
                    picture, read_knobs, recorded, sample, schedule)
+
+import torch
+import torch.nn.functional as F
 
 # ---- knobs ----
 

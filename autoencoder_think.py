@@ -25,12 +25,12 @@ gumbel     The straight-through Gumbel-softmax (Jang et al. 2017): gradients pas
 """
 import math
 
-import torch
-import torch.nn.functional as F
-
 from model import KVCache, ThinkingModelConfig, make_model
 from utils import (Run, World, ablations, balanced_target, curve, fail, judge, make_optimizer, picture,
                    read_knobs, sample, schedule)
+
+import torch
+import torch.nn.functional as F
 
 # ---- knobs ----
 

@@ -16,12 +16,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+import utils  # must precede torch
+from utils import attend_to_cache, attention, causal, digits, fused, has_kernel, need, sample, think_merged
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-import utils
-from utils import attend_to_cache, attention, causal, digits, fused, has_kernel, need, sample, think_merged
 
 REACH = 16  # 'relative' positions: longer distances count as this
 
@@ -381,7 +381,7 @@ class GPT2Thinking(GPT2):
         return Thoughts(tokens, *self.thought_log_probs(many, tokens, fixed)) if grad else Thoughts(tokens)
 
     def n_thoughts(self, thoughts):
-        """How many thoughts (...) stand before the first end_thought in each row of thoughts (..., T)."""
+        """How many thoughts (...) precede the first end_thought in thoughts (..., T)."""
         return (thoughts != self.config.end_thought).cumprod(-1).sum(-1)
 
     def until_end(self, thoughts, *values):
@@ -414,7 +414,7 @@ class GPT2Thinking(GPT2):
         if T:
             cache.repeat(N // B)
             states = torch.cat([states, self.hidden(thoughts, cache, positions[S:])], dim=1)  # (N, 1 + T)
-        choices, last = self.thought_range(fixed), states[torch.arange(N), self.n_thoughts(thoughts)]
+        choices, last = self.thought_range(fixed), states[torch.arange(N, device=states.device), self.n_thoughts(thoughts)]
         both = choice(self.logits(states[:, :T], choices), thoughts - choices.start)
         return *self.until_end(thoughts, *both), self.logits(last, range(self.config.d_normal_vocab))
 

@@ -31,14 +31,14 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+from model import GPT2Thinking, choice, find_model, from_pretrained
+from utils import (Run, World, advantages, concentration, fail, fingerprint, load_checkpoint, load_text,
+                   make_optimizer, need, paint, read_knobs, recorded, sample, schedule, show_tokens)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-from model import GPT2Thinking, choice, find_model, from_pretrained
-from utils import (Run, World, advantages, concentration, fail, fingerprint, load_checkpoint, load_text,
-                   make_optimizer, need, paint, read_knobs, recorded, sample, schedule, show_tokens)
 
 # ---- knobs ----
 

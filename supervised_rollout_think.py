@@ -22,14 +22,14 @@ The policy gradient (Williams 1992) compares them with the mean of their positio
 so that nobody is paid for easy tokens, or with a lagged copy that does not think (RLP, Hatamizadeh et al.
 2025). There is no clipping, KL term or importance weight, as each rollout is used once.
 """
+from model import GPT2, GPT2Thinking, ModelConfig, find_model, lagged_copy, make_model
+from utils import (Run, World, ablations, advantages, fail, load_checkpoint, load_text, make_optimizer,
+                   read_knobs, sample, schedule, show_tokens)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
-
-from model import GPT2, GPT2Thinking, ModelConfig, find_model, lagged_copy, make_model
-from utils import (Run, World, ablations, advantages, fail, load_checkpoint, load_text, make_optimizer,
-                   read_knobs, sample, schedule, show_tokens)
 
 # ---- knobs ----
 

@@ -20,6 +20,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch loads: threads do not spin
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -256,7 +258,7 @@ def write_atomic(path, write):
 
 
 def lock(folder):
-    """Make and lock a folder, for one program at a time. Returns the lock."""
+    """Make and lock a folder. Returns the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(folder / '.lock', timeout=0)
     held.acquire()
@@ -520,7 +522,7 @@ def addition_questions(input_min, input_max, heldout, seed, n_adds=2, n_max=10**
 
 
 PEOPLE, THINGS = 'Anna Ben Carla David Eva'.split(), 'book cup key lamp coin'.split()
-STORY = {  # two wordings of a line; who then has what s had. Ben, 1, is to the right of Anna, 0
+STORY = {  # two wordings of a line; who then has what s had. Ben (1) is to the right of Anna (0)
     '{a} has the {x} .|the {x} belongs to {a} .': lambda s, a, b: s,
     '{a} and {b} trade .|{a} swaps with {b} .': lambda s, a, b: {a: b, b: a}.get(s, s),
     'all pass to the left .|left they go .': lambda s, a, b: (s - 1) % 5,
@@ -537,7 +539,7 @@ class SerialTask:
     'add'   a running total modulo a prime; an operation is + c, or x c with c > 0
     'perm'  n states; operations are n_letters random permutations
     's5'    states are the permutations of 5 things; operations, n_letters of them
-    'story' who has the book now? The first operation is to find who had it, any other is a line of text
+    'story' who has the book now? The first operation is to find who had it, the others are lines
 
     A place has `width` tokens; that of the start is `first`.
     """
@@ -575,7 +577,7 @@ class SerialTask:
         random, table = {'generator': generator, 'device': generator.device}, self.table.to(generator.device)
         if self.task == 'story':
             who, what = (torch.rand(n, 5, **random).argsort(1) for _ in range(2))
-            pair = torch.rand(n, depth - 1, 5, **random).argsort(2)  # two different people first
+            pair = torch.rand(n, depth - 1, 5, **random).argsort(2)
             chosen = torch.randint(1, 6, (n, depth - 1), **random) * 25 + 5 * pair[..., 0] + pair[..., 1]
             lines = torch.cat([5 * who + what, chosen, torch.full_like(who[:, :1], 150)], dim=1)
             wording = torch.randint(2, lines.shape, **random)
@@ -598,7 +600,7 @@ def gpt2_encoding():
 
 
 def fingerprint(content):
-    """Of bytes: text that tells it from other content."""
+    """A short hash of bytes."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -768,7 +770,7 @@ def judge(answering, thoughts, right):
         log_p = answering.answer(part).float().log_softmax(-1)
         found.append((log_p.argmax(-1), log_p.gather(1, answer[:, None])[:, 0]))
     answers, log_q = (torch.cat(each) for each in zip(*found))
-    # a lower bound of mutual information for uniform answers (Barber and Agakov 2003)
+    # a lower bound of mutual information (Barber and Agakov 2003)
     bits = math.log2(answering.config.d_normal_vocab) + log_q.mean().item() / math.log(2)
     return answers, (answers == right).sum().item() / len(right), max(0., bits)
 
@@ -825,7 +827,7 @@ def show_tokens(tokens, config, decode, between=' '):
 
 
 def picture(n_panels, title, heights=None):
-    """An empty figure of panels."""
+    """An empty figure."""
     figure = need('plotly.subplots', 'to plot').make_subplots(n_panels, 1, row_heights=heights)
     return figure.update_layout(title=title, width=900, height=800, legend={'orientation': 'h'})
 

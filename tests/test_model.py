@@ -234,11 +234,11 @@ def test_answers_of_mixed_lengths_equal_one_at_a_time():
 def test_thinking_and_answering_in_one_pass_equals_token_by_token(kind, fixed):
     model = small_thinker(position_encoding=kind)
     question, position = tokens_for(model, 9, 5) % 20, torch.tensor([0, 1, 2, 3, 0])
-    noise, choices = torch.rand(9, 4, generator=torch.Generator().manual_seed(0)), model.thought_range(fixed)
-    thoughts = model.think(question, 4, fixed=fixed, positions=position, noise=noise).tokens
+    noise, choices = torch.rand(18, 4, generator=torch.Generator().manual_seed(0)), model.thought_range(fixed)
+    thoughts = model.think(question, 4, fixed=fixed, positions=position, noise=noise, n_rollouts=2).tokens
     log_probs, entropies, logits = model.think_and_answer(question, thoughts, fixed, position)
     for n, row in enumerate(thoughts.tolist()):
-        read, at, stopped = question[n].tolist(), position.tolist(), False
+        read, at, stopped = question[n // 2].tolist(), position.tolist(), False
         for t, token in enumerate(row):
             log_p = model(torch.tensor([read]), positions=torch.tensor(at))[0, -1, choices.start:choices.stop]
             log_p = log_p.log_softmax(-1)
@@ -328,7 +328,7 @@ def test_thoughts_everywhere_equal_those_of_one_position_after_another(fixed, ki
         prefix = tokens[:, :t + 1]
         rollouts = model.think(prefix, 3, fixed=fixed, noise=noise[:, t], n_rollouts=2).tokens
         assert torch.equal(rollouts, thoughts[:, t])
-        one = model.think_and_answer(prefix.repeat_interleave(2, dim=0), rollouts, fixed)
+        one = model.think_and_answer(prefix, rollouts, fixed)
         for reference, at_once in zip(one, (log_probs[:, t], entropies[:, t], logits[:, t])):
             torch.testing.assert_close(at_once, reference, atol=1e-4, rtol=0)
         torch.testing.assert_close(plain[:, t], model.hidden(prefix)[:, -1], atol=1e-4, rtol=0)
