@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch loads: threads do not spin
+os.environ.setdefault('GOMP_SPINCOUNT', '3000')  # before torch loads: threads spin less
 
 import numpy as np
 import torch
