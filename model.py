@@ -414,7 +414,7 @@ class GPT2Thinking(GPT2):
         if T:
             cache.repeat(N // B)
             states = torch.cat([states, self.hidden(thoughts, cache, positions[S:])], dim=1)  # (N, 1 + T)
-        choices, last = self.thought_range(fixed), states[torch.arange(N, device=states.device), self.n_thoughts(thoughts)]
+        choices, last = self.thought_range(fixed), states[torch.arange(N), self.n_thoughts(thoughts)]
         both = choice(self.logits(states[:, :T], choices), thoughts - choices.start)
         return *self.until_end(thoughts, *both), self.logits(last, range(self.config.d_normal_vocab))
 
