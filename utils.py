@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ.setdefault('GOMP_SPINCOUNT', '3000')  # before torch loads: threads spin less
+os.environ.setdefault('GOMP_SPINCOUNT', '3000')  # before torch: threads spin less
 
 import numpy as np
 import torch
@@ -140,7 +140,7 @@ def read_knobs(file, script_globals, pretrained=False):
 
 
 def parse_knob(argument, defaults):
-    """The name and the value in --name=value, of the type of the knob's default; or fail."""
+    """Name and value in --name=value, of the type of the knob's default; or fail."""
     if not (match := re.fullmatch(r'--(\w+)=(.*)', argument, re.DOTALL)):
         fail(f'{argument!r} is not of the form --name=value, see --help')
     name, text = match.groups()
@@ -156,10 +156,12 @@ def parse_knob(argument, defaults):
 
 
 def check_knob(name, value, comment):
-    """Fail if a knob's value is not within its limits, or none of the choices in its comment."""
+    """Fail if a knob's value is beyond its limits or none of the choices in its comment."""
     number, (low, high) = type(value) in (int, float), LIMITS.get(name, (0, 2**31))
     if number and not low <= value <= high:  # nor nan
         fail(f'--{name}={value} must be between {low:g} and {high:g}')
+    if isinstance(value, str) and not value.isprintable():
+        fail(f'--{name}={value!r} cannot be printed')
     choices = re.findall(r"'([^']*)'", comment) if "' | '" in comment else [value]
     if value not in choices:
         fail(f'--{name}={value} must be one of {", ".join(choices)}')
@@ -189,7 +191,7 @@ class World:
         kind = self.device.type
         if kind == 'cuda':
             torch.cuda.set_device(self.device)
-        if self.size > 1:  # restarts: addresses of the dead are left
+        if self.size > 1:  # restarts: dead addresses are left
             place = os.environ.get('TORCHELASTIC_RESTART_COUNT', '')
             store = dist.PrefixStore(place, next(dist.rendezvous('env://'))[0])
             dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', store=store, rank=self.rank,
@@ -199,7 +201,7 @@ class World:
             os.environ.setdefault('MKL_CBWR', 'AUTO,STRICT')  # MKL may not vary its code,
             torch.set_num_threads(torch.get_num_threads())  # nor threads,
             for function in (torch.exp, torch.log, torch.sin, torch.cos, torch.tanh):
-                function(torch.ones(1))  # chosen now, before two threads ask at once
+                function(torch.ones(1))  # chosen before two threads ask at once
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         torch.manual_seed(knobs['seed'])
@@ -230,7 +232,7 @@ class World:
             torch.nn.utils.vector_to_parameters(flat / self.size, grads)
 
     def peak_memory_mb(self):
-        """The most memory used so far, a GPU's if any."""
+        """Most memory used, a GPU's if any."""
         if self.device.type == 'cuda':
             return round(torch.cuda.max_memory_allocated() / 2**20)
         with suppress(ImportError):  # on Windows
@@ -241,7 +243,7 @@ class World:
 # ---- the run directory ----
 
 def write_atomic(path, write):
-    """Let write(file) fill a new binary file, then rename it: path is never half-written."""
+    """Let write(file) fill a new file, then rename it: path is never half-written."""
     temporary = path.with_name(path.name + '.tmp')
     temporary.unlink(missing_ok=True)
     try:
@@ -539,7 +541,7 @@ class SerialTask:
     'add'   a running total modulo a prime; an operation is + c, or x c with c > 0
     'perm'  n states; operations are n_letters random permutations
     's5'    states are the permutations of 5 things; operations, n_letters of them
-    'story' who has the book now? The first operation is to find who had it, the others are lines
+    'story' who has the book now? First, find who had it; other operations are lines
 
     A place has `width` tokens; that of the start is `first`.
     """
@@ -564,7 +566,7 @@ class SerialTask:
             self.first, self.width = 4, 7
             pairs = [*itertools.product(range(5), repeat=2)]
             lines = [[('_ ' * 6 + text.format(a=PEOPLE[a], b=PEOPLE[b], x=THINGS[b])).split()[-7:]
-                      for text in texts.split('|')] for texts in STORY for a, b in pairs]  # (175, 2, 7)
+                      for text in texts.split('|')] for texts in STORY for a, b in pairs]
             names = [*dict.fromkeys(PEOPLE + sum(sum(lines, []), []))]
             self.lines = torch.tensor([[[*map(names.index, line)] for line in two] for two in lines])
             self.table = torch.tensor([[after(s, a, b) for s in range(5)]
@@ -750,7 +752,7 @@ def concentration(weights):
 
 
 def balanced_target(scores, prices, tau, n_steps=10):
-    """How answers are to be written, log softmax(scores / tau - prices), (answers, codes), and new prices
+    """How to write answers, log softmax(scores / tau - prices), (answers, codes), and new prices
     (codes,), 0 at first, which rise until no more than its share of answers want a code. Sinkhorn's iteration
     (Cuturi 2013), prices not below 0 as in an auction (Bertsekas 1988)."""
     n_answers, n_codes = scores.shape
@@ -801,7 +803,7 @@ def plain(text):
 
 
 def printable(text):
-    """Text without what commands a terminal but colours."""
+    """Text without control characters but colours."""
     return re.sub('(?!\033\\[(0|3[1-6])m)[\0-\x08\x0b-\x1f\x7f-\x9f]', '?', text)
 
 

@@ -584,7 +584,7 @@ BAD = {
         '--batch_sise=2': 'nearest is --batch_size', 'seed=3': 'not of the form --name=value',
         '--eval_only=yes': 'must be True or False', '--max_steps=2.5': 'must be an integer',
         '--max_steps=0': 'must be between 1', '--learning_rate=nan': 'must be between 0',
-        '--seed=99999999999999999999': 'must be between 0',
+        '--seed=9999999999': 'must be between 0', '--out_dir=\a': 'cannot be printed',
         '--n_head=3': 'n_head=3 does not divide', '--d_model=1048576': 'memory',
         '--device=tpu9': '--device=tpu9 must be', '--device=meta': '--device=meta must be',
         '--device=cuda:77': '--device=cuda:77 must be', '--dtype=float8': 'must be one of float32, bfloat16',
@@ -602,7 +602,7 @@ BAD = {
         '--split=False --frozen=thinking': '--split=True'},
     'add_think': {
         '--input_max=4': 'products need a prime', '--group_size=1': 'must be at least 2',
-        '--n_letters=121': 'must be between 1', '--task=maze': 'must be one of add, perm, s5, story',
+        '--n_letters=121': 'must be between 1', '--task=maze': 'one of add, perm, s5, story',
         '--fixed=False --thoughts=filler': 'have no end to choose',
         '--baseline=batch --advantage=grpo': 'advantage=grpo needs --baseline=group',
         '--thoughts=chain --d_thought_vocab=2': 'needs --d_thought_vocab=3',
