@@ -153,7 +153,7 @@ def test_serial_tasks_by_brute_force(kind, n, depth):
     assert (task.table.sort(1).values == torch.arange(task.n_states)).all()
 
 
-def test_stories_as_read():
+def test_stories():
     task, people = SerialTask('story', 11), 'Anna Ben Carla David Eva'.split()
     question, states = task.draw(300, 6, torch.Generator().manual_seed(0))
     for row, right in zip(question.view(300, 11, -1).tolist(), states.tolist()):
