@@ -111,8 +111,8 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.d_model, config.d_model)
         if config.position_encoding == 'relative':  # bias per head, distance -REACH..REACH
             self.relative = nn.Embedding(2 * REACH + 1, config.n_head)  # holds bias / 8: learns faster
-        # A bias of the keys raises all scores of a query alike and changes nothing (not so if 'rotary',
-        # left out all the same). Its gradient is rounding error, which Adam blows up to full steps.
+        # A bias of the keys raises all scores of a query alike: it changes nothing (but if 'rotary'), and
+        # its gradient is rounding error, which Adam blows up.
         keep = [1, 0, 1]  # gradients of queries, keys, values
         self.c_attn.bias.register_hook(
             lambda grad: torch.cat([part * kept for part, kept in zip(grad.chunk(3), keep)]))
@@ -485,10 +485,10 @@ class GPT2Thinking(GPT2):
 
         tokens: (B, S). noise: (N, S, T); N / B rollouts of each row. thought_kind: 'token';
         'straight_through': tokens with the gradient of their probabilities; 'continuous': the last state is
-        read again (Hao et al. 2024). readers: who sees thoughts: 'own' position or all 'later' too. at_once:
-        how many thoughts are written from one state; they are read in one pass, as the sum of their
-        embeddings, each from its own part of the thought tokens (Hafner et al. 2021). given: (N, S, T)
-        thoughts to read. fixed: as in think.
+        read again (Hao et al. 2024). readers: who sees thoughts: the 'own' position, or all 'later' ones too;
+        'loop': later ones, which see no text: the same layers twice, if continuous. at_once: how
+        many thoughts are written from one state; they are read in one pass, as the sum of their embeddings,
+        each from its own part of the thought tokens (Hafner et al. 2021). given: (N, S, T) thoughts to read.
 
         Returns, with gradient: thoughts, log-probabilities and entropies (N, S, T), 0 after an end_thought;
         states (B, S, d_model) without thoughts; states (N, S, d_model) that predict the next token: those at
@@ -501,7 +501,7 @@ class GPT2Thinking(GPT2):
         size = len(choices) // at_once
         first = choices.start + size * torch.arange(at_once, device=tokens.device)  # of each part
         visible = causal(S, S, tokens.device)  # the text
-        new = visible if readers == 'later' else visible & visible.T  # diagonal
+        new = visible & visible.T if readers == 'own' else visible  # the diagonal
         cache = KVCache()
         plain = self.hidden(tokens, cache)  # (B, S, d_model)
         cache.repeat(N // B)
@@ -526,7 +526,7 @@ class GPT2Thinking(GPT2):
                 rows = self.wte.weight[choices.start:choices.stop]
                 soft = logits.log_softmax(-1).exp().flatten(2) @ rows * at_once ** -.5
                 x = x.detach() + soft - soft.detach()
-            visible = torch.cat([visible, new], dim=1)  # (S, (step + 2) S)
+            visible = torch.cat([visible & (readers != 'loop'), new], dim=1)  # (S, (step + 2) S)
             position = torch.arange(S, device=tokens.device) + step + 1
             state = self.layers(x, cache, position, visible)
             alive = alive & (token != self.config.end_thought).all(-1, keepdim=True)
@@ -630,7 +630,7 @@ def from_pretrained(source):
                                  c.tie_word_embeddings))
         state = {name.removeprefix('transformer.'): p for name, p in theirs.state_dict().items()}
         model.load_state_dict({k: p.t() if k.endswith(HF_TRANSPOSED) else p for k, p in state.items()})
-    except Exception as error:  # of many kinds
+    except Exception as error:
         raise ValueError(f'no GPT-2 weights at {source} (transformers>=4.56): {error}') from error
     return model
 
@@ -665,7 +665,7 @@ def unpack(packed):
             Model(config).load_state_dict(dict(state), assign=True)  # checks shapes
         model = Model(config)
         model.load_state_dict(state)
-    except Exception as error:  # of many kinds
+    except Exception as error:
         raise ValueError(f'no model of this version in the checkpoint: {error}') from error
     return model
 

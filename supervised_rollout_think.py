@@ -50,7 +50,8 @@ d_model = 128
 dropout = 0.                  # share of numbers dropped in training; differs with the number of processes
 thoughts = 'own'              # 'own' | 'filler' | 'random': whose are read; filler: the first thought token
 thought_kind = 'straight_through'    # 'token' | 'straight_through' | 'continuous': see model.think_everywhere
-readers = 'later'             # 'own' | 'later': only a position itself reads its thoughts, or later ones too
+readers = 'later'             # 'own' | 'later' | 'loop': only a position itself reads its thoughts; later ones
+                              # too; as later, but thoughts see no text: if continuous, a looped model
 d_thought_vocab = 512         # L: thought tokens
 think_len = 8                 # T: thoughts before each token; 0: none, ordinary training
 at_once = 8                   # thoughts per pass, each from its own part of the thought tokens

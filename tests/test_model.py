@@ -349,6 +349,9 @@ def test_thoughts_that_later_positions_read_equal_one_pass_with_one_mask():
     own = model.think_everywhere(tokens, noise, given=thoughts)[-1]
     torch.testing.assert_close(own[:, 0], last[:, 0], atol=1e-4, rtol=0)  # the first has none before it
     assert (own - last)[:, 1:].abs().amax(-1).min() > .01
+    loop = model.think_everywhere(tokens, noise[..., :1], readers='loop', thought_kind='continuous')[-1]
+    again = model.hidden(tokens) + model.wte.weight[11]  # marked as a thought
+    torch.testing.assert_close(loop, model.layers(again, positions=1 + torch.arange(9)))
 
 
 @pytest.mark.parametrize('readers', ['own', 'later'])
