@@ -31,6 +31,16 @@ def masked_loss(model):
     return loss
 
 
+def liger_loss(model):
+    sys.path.append('.gpu/site')
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+    fused = LigerFusedLinearCrossEntropyLoss()
+    def loss(tokens, targets):
+        states = model.hidden(tokens)
+        return fused(model.lm_head.weight.to(states.dtype), states.flatten(0, 1), targets.flatten())
+    return loss
+
+
 def run(name, make_loss=lambda m: m.loss, backends=None, options=None, mode=None, whole=False, capture=False, set_=None):
     torch._dynamo.reset(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); torch.manual_seed(0)
     tokens, targets = torch.randint(50257, (2, B, S), device='cuda')
@@ -78,6 +88,7 @@ VARIANTS = {
     'padded cudnn': dict(make_loss=padded_loss, backends=CUDNN),
     'padded cudnn descent': dict(make_loss=padded_loss, backends=CUDNN, options={'coordinate_descent_tuning': True}),
     'padded cudnn graph': dict(make_loss=padded_loss, backends=CUDNN, mode='reduce-overhead'),
+    'liger cudnn': dict(make_loss=liger_loss, backends=CUDNN),
     'all': dict(make_loss=padded_loss, backends=CUDNN, options={'coordinate_descent_tuning': True, 'epilogue_fusion': True, 'max_autotune': True}),
 }
 print(torch.__version__, torch.cuda.get_device_name())
