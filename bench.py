@@ -345,7 +345,7 @@ def speed_train(batch=32, length=1024):
         return lambda: [step() for _ in range(5)]
 
     def ours(wrap):
-        model = GPT2(ModelConfig()).cuda()
+        model = GPT2(ModelConfig(d_vocab=50304)).cuda()     # as many as nanoGPT's
         return stepper(model, make_optimizer(model, 1e-4, .1), wrap(model.loss))
 
     def theirs():

@@ -30,7 +30,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 triton = None
-with suppress(ImportError):  # without a GPU
+with suppress(ImportError):
     import triton
     import triton.language as tl
 
@@ -97,7 +97,7 @@ def read_knobs(file, script_globals, pretrained=False):
         if 'WORLD_SIZE' not in os.environ:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
-        sys.stdout.reconfigure(errors='replace')  # for ✓
+        sys.stdout.reconfigure(errors='replace')
     block = Path(file).read_text('utf-8').partition('# ---- knobs ----')[2].partition('\n# ----')[0].strip()
     if {'-h', '--help'} & set(sys.argv[1:]):
         print(script_globals['__doc__'].strip(), 'Knobs, set by --name=value:', block, sep='\n\n', flush=True)
@@ -191,6 +191,7 @@ class World:
         kind = self.device.type
         if kind == 'cuda':
             torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision('high')  # TF32
         if self.size > 1:  # restarts: dead addresses are left
             place = os.environ.get('TORCHELASTIC_RESTART_COUNT', '')
             store = dist.PrefixStore(place, next(dist.rendezvous('env://'))[0])
@@ -667,7 +668,7 @@ def fused(function):
     return run
 
 
-long_cumsum = torch.compiler.disable(lambda p: p.cumsum(-1))  # torch 2.11 cannot compile it
+long_cumsum = torch.compiler.disable(lambda p: p.cumsum(-1))  # 2.11 cannot compile it
 
 
 @fused
@@ -835,7 +836,7 @@ def picture(n_panels, title, heights=None):
 
 
 def heat_map(figure, panel, counts, x_title, x, y_title, y):
-    """Draw counts (len(y), len(x)) into a panel; x and y are names."""
+    """Draw counts (len(y), len(x)) into a panel; x, y: names."""
     where = {'row': panel, 'col': 1}
     figure.add_heatmap(z=counts.int().cpu().numpy(), x=x, y=y, colorscale='Blues', showscale=False, **where)
     figure.update_xaxes(title=x_title, type='category', tickangle=90, **where)
@@ -897,12 +898,12 @@ def recorded(function, fuse=False):
 
 
 def causal(n_query, n_key, device):
-    """(n_query, n_key), True where each of the last n_query of n_key tokens may look."""
+    """(n_query, n_key), True where the last n_query of n_key tokens may look."""
     return torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
 
 
 def attention(q, k, v, mask=None, dropout=0.):
-    """F.scaled_dot_product_attention for the last Sq of Sk tokens, fastest. mask: as there; None: causal."""
+    """F.scaled_dot_product_attention for the last Sq of Sk tokens. mask: as there; None: causal."""
     n_query, n_key, few = q.shape[2], k.shape[2], k.shape[2] <= FEW
     if n_key == 1 and not dropout:
         return v  # or its weight had a gradient of rounding error, which Adam blows up
@@ -969,7 +970,7 @@ def distinct(numbers):
 
 
 def think_merged(model, cache, question, choices, noise, stop, temperature, epsilon):
-    """GPT2Thinking.think(grad=True) from an empty cache: rollouts that are alike so far are read once."""
+    """GPT2Thinking.think(grad=True) from an empty cache: rollouts alike so far are read once."""
     def alike(which, column):  # group (N,) of each row, by its old group and a token (N,); one row (n,) each
         which = (which * (column.max() + 1) + column).unique(return_inverse=True)[1]
         one = torch.empty_like(which[:which.max() + 1])
