@@ -330,7 +330,7 @@ def choice(logits, chosen):
     """Log-probabilities and entropies (...), in nats, of choices (...) among logits (..., V)."""
     log_p = logits.float().log_softmax(-1)
     log_prob = log_p.gather(-1, chosen[..., None])[..., 0]
-    return log_prob, -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)  # impossible ones add 0
+    return log_prob, -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)  # impossible: 0
 
 
 def count_on(positions, n_prompt, n_new, device):
@@ -522,7 +522,7 @@ class GPT2Thinking(GPT2):
                 x = state + self.embed(first[:1])  # marked as a thought
             else:
                 x = self.embed(token).sum(2) * at_once ** -.5
-            if thought_kind == 'straight_through':
+            if thought_kind == 'straight_through' and given is None:
                 rows = self.wte.weight[choices.start:choices.stop]
                 soft = logits.log_softmax(-1).exp().flatten(2) @ rows * at_once ** -.5
                 x = x.detach() + soft - soft.detach()
@@ -595,7 +595,7 @@ class KVCache:
         return self.positions
 
     def grow(self, n):
-        """Count n tokens that all layers have appended."""
+        """Count n tokens that all layers appended."""
         self.length += n
         if self.fast:
             self.on_device += n
@@ -661,7 +661,7 @@ def unpack(packed):
         config, state = Config(**packed['config']), packed['state']
         if config.n_layer > len(state) or not all(p.isfinite().all() for p in state.values()):
             raise ValueError('weights are missing, or not finite')
-        with torch.device('meta'):  # takes no memory, whatever a damaged config asks for
+        with torch.device('meta'):  # no memory, whatever a damaged config asks for
             Model(config).load_state_dict(dict(state), assign=True)  # checks shapes
         model = Model(config)
         model.load_state_dict(state)
