@@ -58,8 +58,8 @@ advantage = 'dr_grpo'         # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best'
                               # 'quantile_batch' | 'softmax_quantile' | 'softmax_centred' | 'tpo': see utils
 tau = 1.                      # temperature of the three softmax and tpo
 code_price = 3.               # nats per log of a thought's overuse, so that no two states share a thought
-epsilon = 0.                  # share of thoughts that are random; falls to zero over the first half
-entropy_weight = .05          # of a bonus for entropy of thoughts when a depth is new; a fifth of it stays
+text_weight = 0.              # of the mean cross-entropy of a question's own tokens, ordinary training
+entropy_weight = .05          # of a bonus for entropy of thoughts; after 300 steps of a depth a fifth of it
 eval_every = 500              # steps between evaluations, each with a checkpoint and samples
 eval_questions = 2000         # questions per evaluation
 log_every = 10                # steps between lines of metrics.jsonl
@@ -175,7 +175,7 @@ def losses(question, states, step):
     G = group_size if thoughts in ('own', 'random') and T else 1
     n_cut = 0 if fixed else G // 2
     noise = world.draw(batch_size, G - n_cut, T).flatten(0, 1)
-    thought = think(question, states, noise, epsilon=epsilon * max(0, 1 - 2 * step / max_steps))
+    thought = think(question, states, noise)
     if n_cut:
         thought = add_copies(thought.view(B, -1, T), world.draw(batch_size, G)[:, :n_cut])
     answer = states[:, -1].repeat_interleave(G)
@@ -188,10 +188,11 @@ def losses(question, states, step):
         if baseline == 'no_think':      # what the lagged copy is to learn
             loss = loss + F.nll_loss(respond(question, thought[::G, :0])[2], answer[::G])
         weights, seen = pay(question, thought, answer[::G], log_p_answer.detach(), log_pi.detach())
-        new = max(0, 1 - (step - state['since'].item()) / 300)      # 1 to 0 in a depth's first 300 steps
-        bonus = entropy_weight / 5 + (entropy_weight - entropy_weight / 5) * new
+        bonus = entropy_weight * max(.2, 1 - .8 * (step - state['since'].item()) / 300)
         loss = loss - (weights * log_pi.sum(1).view(B, G)).sum(1).mean() - bonus * entropy.sum(1).mean()
         seen |= {'entropy': entropy.mean(), 'log_prob': log_pi.mean(), **concentration(weights)}
+    if text_weight:
+        loss = loss + text_weight * model.loss(question[:, :-1], question[:, 1:], places(question)[:-1])
     return loss, (log_q.argmax(-1) == answer).view(B, G)[:, n_cut:].float(), seen
 
 
@@ -240,8 +241,7 @@ def test(depth, unseen=True, thought=None):
     if thought is None:
         noise = torch.rand(len(question), n_thoughts(depth), generator=generator, device=world.device)
         thought = think(question, states, noise, temperature=0)
-    parts = zip(question.split(1000), thought.split(1000))
-    answers = torch.cat([respond(*part)[2].argmax(-1) for part in parts])
+    answers = torch.cat([respond(*x)[2].argmax(1) for x in zip(question.split(1000), thought.split(1000))])
     return (answers == states[:, -1]).float().mean().item(), answers, thought, question, states
 
 

@@ -262,9 +262,9 @@ class GPT2(nn.Module):
         """Logits (B, S, V) after tokens (B, S), column i for token config.writes[i]. See layers."""
         return self.lm_head(self.hidden(tokens, cache, positions))
 
-    def loss(self, tokens, targets):
+    def loss(self, tokens, targets, positions=None):
         """Mean cross-entropy, in nats, of targets (B, S), the tokens that follow tokens (B, S)."""
-        return F.cross_entropy(self(tokens).flatten(0, 1).float(), targets.flatten())
+        return F.cross_entropy(self(tokens, None, positions).flatten(0, 1).float(), targets.flatten())
 
     def log_probs(self, prompt, tokens, among=None):
         """Log-probabilities and entropies (N, T), in nats and with gradient, of tokens (N, T) after prompts
@@ -578,7 +578,7 @@ class KVCache:
             self.on_device = torch.zeros((), dtype=torch.int32, device=device)  # length, for the kernel
 
     def append(self, layer, k, v):
-        """Store k, v (B, H, S, D) of new tokens. Returns all keys and values so far."""
+        """Store k, v (B, H, S, D) of new tokens. Returns all so far."""
         if self.reserved:
             end = self.length + k.shape[2]
             for kept, new in zip(self.kv[layer], (k, v)):
@@ -590,7 +590,7 @@ class KVCache:
         return self.kv[layer]
 
     def place(self, positions):
-        """Note the positions (S,) of tokens that layers will append. Returns those of all tokens."""
+        """Note positions (S,) of tokens that layers will append. Returns those of all tokens."""
         self.positions = positions if self.positions is None else torch.cat([self.positions, positions])
         return self.positions
 
@@ -605,7 +605,7 @@ class KVCache:
         self.kv = {layer: [kept.repeat_interleave(n, dim=0) for kept in kv] for layer, kv in self.kv.items()}
 
     def select(self, rows):
-        """Keep these rows (n,), in this order, some perhaps several times."""
+        """Keep these rows (n,), in this order, perhaps repeated."""
         self.kv = {layer: [kept[rows] for kept in kv] for layer, kv in self.kv.items()}
 
 

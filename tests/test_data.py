@@ -41,7 +41,7 @@ def run_data(run_here, tmp_path):
     """Run the script: (exit code, stdout, stderr)."""
     def run_data(*arguments):
         ran = run_here('prepare_data', f'--out_dir={tmp_path}/data', *arguments)
-        gc.collect()  # closes its files, as the end of a process does
+        gc.collect()  # closes its files
         return ran
     return run_data
 
@@ -203,7 +203,7 @@ def test_two_runs_do_not_write_to_one_folder(refused, tmp_path):
 
 
 def test_fineweb_goes_on_where_it_was(prepare, refused, run_data, tmp_path, monkeypatch, encoding):
-    stream = {'breaks': 0, 'skipped': None}  # breaks off once before this document; documents skipped last
+    stream = {'breaks': 0, 'skipped': None}  # where it breaks off; documents skipped
     def skip(n):
         stream['skipped'] = n
         for i in range(n, 5000):
@@ -233,7 +233,7 @@ def test_fineweb_goes_on_where_it_was(prepare, refused, run_data, tmp_path, monk
     break_off()
     assert prepare(*arguments)[1] == meta and stream['skipped'] == 1000  # with the same tokens
 
-    # what another data set left half-written in this folder is not taken for the documents that are done
+    # what another data set left half-written is not taken for documents that are done
     break_off()
     (tmp_path / 'other.txt').write_text('other text')
     broken = types.SimpleNamespace(encode_ordinary=None, eot_token=50256, n_vocab=50257)

@@ -178,10 +178,10 @@ def test_cached_thoughts_equal_uncached(how, fixed, positions):
     fast, slow = (model.think(question, 9, n_rollouts=3, noise=noise, use_cache=use_cache, **how).tokens
                   for use_cache in (True, False))
     assert torch.equal(fast, slow) and fast.shape == (15, 9)
-    # every rollout follows its own noise, whatever else is in the batch
+    # every rollout follows its own noise
     alone = model.think(question.repeat_interleave(3, dim=0), 9, noise=noise, **how).tokens
     assert torch.equal(fast, alone) and ('temperature' in how or len(fast[:3].unique(dim=0)) > 1)
-    # if their number is fixed no thought is an end; else nothing but ends is behind the first one
+    # fixed: no thought is an end; else behind the first one are only ends
     assert fast.min() >= 20 and torch.equal(fast == end, torch.arange(9) >= model.n_thoughts(fast)[:, None])
     assert not fixed or fast.max() < end
 
@@ -350,7 +350,7 @@ def test_thoughts_that_later_positions_read_equal_one_pass_with_one_mask():
     torch.testing.assert_close(own[:, 0], last[:, 0], atol=1e-4, rtol=0)  # the first has none before it
     assert (own - last)[:, 1:].abs().amax(-1).min() > .01
     loop = model.think_everywhere(tokens, noise[..., :1], readers='loop', thought_kind='continuous')[-1]
-    again = model.hidden(tokens) + model.wte.weight[11]  # marked as a thought
+    again = model.hidden(tokens) + model.wte.weight[11]
     torch.testing.assert_close(loop, model.layers(again, positions=1 + torch.arange(9)))
 
 
@@ -389,10 +389,11 @@ def test_gradients_pass_through_thoughts_only_where_they_are_asked_to():
     model = text_model()
     tokens, noise = torch.randint(11, (3, 9)), torch.rand(3, 9, 1)
 
-    def gradient(kind):
-        last = model.think_everywhere(tokens, noise, thought_kind=kind)[-1]
+    def gradient(kind, given=None):
+        last = model.think_everywhere(tokens, noise, thought_kind=kind, given=given)[-1]
         return torch.autograd.grad(model.logits(last, range(11)).square().sum(), model.lm_head.weight)[0][11:]
     assert not gradient('token').any() and not gradient('continuous').any()
+    assert not gradient('straight_through', torch.full((3, 9, 1), 11)).any()  # fillers are plain tokens
     straight = gradient('straight_through')
     assert straight[:5].any(1).all() and not straight[5].any()
     straight, token = (model.think_everywhere(tokens, noise, thought_kind=kind)[-1]

@@ -55,7 +55,7 @@ def test_writing_and_reading_by_the_rules(fixed, think_len, script):
         assert place == 4
     assert lengths == {think_len} if fixed or not think_len else len(lengths) > 1
 
-    # what is given is written: text with own thoughts, thoughts with own text
+    # what is given is written
     text = torch.randint(14, (20, 4))
     forced = model.write(prefix, 4, think_len, text=text, **how)
     swapped = model.write(prefix, 4, think_len, thoughts=torch.full(noise.shape, 15), **how)
@@ -90,7 +90,7 @@ def test_rewards_flow_back(script):
     expected = -.7 * names['read'](prefix, names['write'](prefix, dice[1], real))[1].mean()
     for n, row in enumerate(tokens.tolist()):
         for t in range(sum(token < 19 for token in row)):
-            i = sum(token < 14 for token in row[:t])  # the normal token that this one is, or leads to
+            i = sum(token < 14 for token in row[:t])  # the normal token it is, or leads to
             expected = expected - weights[n, i] * log_pi[n, t] / (4 * 6)
     assert_close(loss, expected, atol=1e-4, rtol=1e-4)
     assert_close(seen['entropy'], entropy.mean().detach())
