@@ -30,7 +30,7 @@ REACH = 16  # 'relative' positions: longer distances count as this
 
 @dataclass
 class ModelConfig:
-    """Shape of a GPT2. Raises ValueError if the numbers cannot make a model."""
+    """Shape of a GPT2. Raises ValueError if it cannot be."""
     d_vocab: int = 50257        # tokens that can be read and written
     block_size: int = 1024      # longest sequence, tokens
     n_layer: int = 12
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.d_model, config.d_model)
         if config.position_encoding == 'relative':  # bias per head, distance -REACH..REACH
             self.relative = nn.Embedding(2 * REACH + 1, config.n_head)  # holds bias / 8: learns faster
-        # A bias of the keys raises all scores of a query alike: it changes nothing (but if 'rotary'), and
+        # A bias of the keys raises all scores of a query alike: it changes nothing (except 'rotary'), and
         # its gradient is rounding error, which Adam blows up.
         keep = [1, 0, 1]  # gradients of queries, keys, values
         self.c_attn.bias.register_hook(
@@ -263,7 +263,7 @@ class GPT2(nn.Module):
         return self.lm_head(self.hidden(tokens, cache, positions))
 
     def loss(self, tokens, targets, positions=None):
-        """Mean cross-entropy, in nats, of targets (B, S), the tokens that follow tokens (B, S)."""
+        """Mean cross-entropy, in nats, of targets (B, S) that follow tokens (B, S). positions as in layers."""
         return F.cross_entropy(self(tokens, None, positions).flatten(0, 1).float(), targets.flatten())
 
     def log_probs(self, prompt, tokens, among=None):
@@ -485,10 +485,11 @@ class GPT2Thinking(GPT2):
 
         tokens: (B, S). noise: (N, S, T); N / B rollouts of each row. thought_kind: 'token';
         'straight_through': tokens with the gradient of their probabilities; 'continuous': the last state is
-        read again (Hao et al. 2024). readers: who sees thoughts: the 'own' position, or all 'later' ones too;
-        'loop': later ones, which see no text: the same layers twice, if continuous. at_once: how
-        many thoughts are written from one state; they are read in one pass, as the sum of their embeddings,
-        each from its own part of the thought tokens (Hafner et al. 2021). given: (N, S, T) thoughts to read.
+        read again (Hao et al. 2024). readers: who sees thoughts: their 'own' position, or all 'later' too;
+        'loop': as 'later', but each pass sees only itself: with 'continuous' the same layers again.
+        at_once: how many thoughts are written from one state; they are read in one pass, as the sum of their
+        embeddings, each from its own part of the thought tokens (Hafner et al. 2021). given: (N, S, T), plain
+        tokens to read. fixed: as in think.
 
         Returns, with gradient: thoughts, log-probabilities and entropies (N, S, T), 0 after an end_thought;
         states (B, S, d_model) without thoughts; states (N, S, d_model) that predict the next token: those at
@@ -539,8 +540,7 @@ class GPT2Thinking(GPT2):
     @staticmethod
     def from_normal(model, d_thought_vocab, spread=1., gate=None, block_size=0):
         """Grow a normal GPT2 by d_thought_vocab thoughts and end_thought; logits of normal tokens stay the
-        same. New embeddings are drawn around the mean of the old ones, with spread times their deviation:
-        more makes first thoughts surer."""
+        same. New embeddings are drawn around the mean of the old ones, with spread times their deviation."""
         shape = {name: value for name, value in asdict(model.config).items() if name != 'd_vocab'}
         shape |= {'d_normal_vocab': model.config.d_vocab, 'd_thought_vocab': d_thought_vocab,
                   'gate': gate, 'block_size': max(block_size, model.config.block_size)}

@@ -50,8 +50,7 @@ d_model = 128
 dropout = 0.                  # share of numbers dropped in training; differs with the number of processes
 thoughts = 'own'              # 'own' | 'filler' | 'random': whose are read; filler: the first thought token
 thought_kind = 'straight_through'    # 'token' | 'straight_through' | 'continuous': see model.think_everywhere
-readers = 'later'             # 'own' | 'later' | 'loop': only a position itself reads its thoughts; later ones
-                              # too; as later, but thoughts see no text: if continuous, a looped model
+readers = 'later'             # 'own' | 'later' | 'loop': who reads thoughts, see model.think_everywhere
 d_thought_vocab = 512         # L: thought tokens
 think_len = 8                 # T: thoughts before each token; 0: none, ordinary training
 at_once = 8                   # thoughts per pass, each from its own part of the thought tokens
@@ -85,6 +84,8 @@ if paid and baseline == 'group' and group_size < 2:
     fail(f'baseline=group compares the rollouts of a group: group_size={group_size} must be at least 2')
 if not fixed and (thoughts != 'own' or thought_kind != 'token'):
     fail(f'thoughts={thoughts}, thought_kind={thought_kind} have no end to choose: --fixed=True')
+if readers == 'loop' and thought_kind != 'continuous':
+    fail(f'readers=loop runs the layers again, for --thought_kind=continuous, not {thought_kind}')
 if at_once > 1 and (thought_kind == 'continuous' or not fixed):
     fail('continuous thoughts, and thoughts that may end, are written one at a time: --at_once=1')
 if think_len % at_once or d_thought_vocab % at_once:
@@ -242,8 +243,7 @@ def evaluate(step):
 # ---- training ----
 
 learn = torch.compile(learn) if compile else learn
-# Operations per token of text, as nanoGPT counts them: 6 per weight but position embeddings, and
-# attention to text. Each pass of thoughts reads as many tokens again; attention to thoughts is left out.
+# operations per token of text, as nanoGPT counts them, in all passes; attention to thoughts is left out
 n_weights = sum(p.numel() for name, p in model.named_parameters() if name != 'wpe.weight')
 n_flops = (1 + G * think_len // at_once) * (6 * n_weights + 12 * n_layer * d_model * text_len)
 peak = 989e12 if dtype == 'bfloat16' else None        # operations per second of an H100 (data sheet)

@@ -668,7 +668,7 @@ def fused(function):
     return run
 
 
-long_cumsum = torch.compiler.disable(lambda p: p.cumsum(-1))  # 2.11 cannot compile it
+long_cumsum = torch.compiler.disable(lambda p: p.cumsum(-1))  # torch 2.11 cannot
 
 
 @fused

@@ -393,7 +393,7 @@ def test_gradients_pass_through_thoughts_only_where_they_are_asked_to():
         last = model.think_everywhere(tokens, noise, thought_kind=kind, given=given)[-1]
         return torch.autograd.grad(model.logits(last, range(11)).square().sum(), model.lm_head.weight)[0][11:]
     assert not gradient('token').any() and not gradient('continuous').any()
-    assert not gradient('straight_through', torch.full((3, 9, 1), 11)).any()  # fillers are plain tokens
+    assert not gradient('straight_through', torch.full((3, 9, 1), 11)).any()
     straight = gradient('straight_through')
     assert straight[:5].any(1).all() and not straight[5].any()
     straight, token = (model.think_everywhere(tokens, noise, thought_kind=kind)[-1]

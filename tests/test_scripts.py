@@ -221,7 +221,7 @@ SIXTEEN = ('--input_max=16 --heldout=.1 --d_thought_vocab=4 --think_len=2 --d_mo
 def test_blind_policies_invent_a_language(train):
     result = train('add_think_blind', SIXTEEN)
     assert result['accuracy'] > .99 and result['codes'] == 16
-    # prices keep codes apart
+    # prices part codes
     assert train('add_think_blind', SIXTEEN + '--advantage=softmax')['accuracy'] < .99
 
 
@@ -538,13 +538,13 @@ def test_two_processes_equal_one(scripts, n_nodes, train, tmp_path):
     with socket.create_server(('localhost', 0)) as server:
         node = f'--nnodes=2 --nproc_per_node=1 --master_port={server.getsockname()[1]} --node_rank='
     nodes = [TORCHRUN] if n_nodes == 1 else [[*TORCHRUN[:3], *(node + rank).split()] for rank in '01']
-    nodes = [subprocess.Popen([*command, tmp_path / 'several.py', json.dumps(lines)], text=True, env=env,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for command in nodes]
+    log = tmp_path / 'log'
+    with log.open('w') as file:
+        nodes = [subprocess.Popen([*command, tmp_path / 'several.py', json.dumps(lines)], env=env, stdout=file,
+                                  stderr=file) for command in nodes]
     for i, (script, more) in enumerate(runs):
         assert train(script, more, f'one{i}')['steps'] == 8
-    for process in nodes:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+    assert [process.wait(timeout=300) for process in nodes] == [0] * n_nodes, log.read_text()
     for i, (script, more) in enumerate(runs):
         for one, two in zip(policies(f'one{i}'), policies(f'two{i}'), strict=True):
             for (name, p), q in zip(one.named_parameters(), two.parameters()):
@@ -617,7 +617,8 @@ BAD = {
         '--method=reinforce --batch_size=7': 'all 8 inputs', '--method=reinforce --think_len=14': '2^23'},
     'supervised_rollout_think': {
         '--data=nowhere': 'no data in nowhere, see prepare_data.py', '--group_size=1': 'at least 2',
-        '--text_len=900': 'a smaller --text', '--at_once=2': 'must divide think_len=1',
+        '--text_len=900': 'a smaller --text', '--readers=loop': 'runs the layers again',
+        '--at_once=2': 'must divide think_len=1',
         '--fixed=False --thought_kind=continuous': 'have no end', '--micro_batch=3': 'does not divide the 8',
         '--thought_kind=continuous --think_len=2 --at_once=2 --d_thought_vocab=6': '--at_once=1',
         '--reference=nowhere.pt': 'no checkpoint nowhere.pt', '--beta2=1': 'must be between 0',
