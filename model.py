@@ -263,7 +263,7 @@ class GPT2(nn.Module):
         return self.lm_head(self.hidden(tokens, cache, positions))
 
     def loss(self, tokens, targets, positions=None):
-        """Mean cross-entropy, in nats, of targets (B, S) that follow tokens (B, S). positions as in layers."""
+        """Mean cross-entropy, in nats, of targets (B, S) after tokens (B, S). positions: as in layers."""
         return F.cross_entropy(self(tokens, None, positions).flatten(0, 1).float(), targets.flatten())
 
     def log_probs(self, prompt, tokens, among=None):

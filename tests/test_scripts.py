@@ -540,8 +540,8 @@ def test_two_processes_equal_one(scripts, n_nodes, train, tmp_path):
     nodes = [TORCHRUN] if n_nodes == 1 else [[*TORCHRUN[:3], *(node + rank).split()] for rank in '01']
     log = tmp_path / 'log'
     with log.open('w') as file:
-        nodes = [subprocess.Popen([*command, tmp_path / 'several.py', json.dumps(lines)], env=env, stdout=file,
-                                  stderr=file) for command in nodes]
+        nodes = [subprocess.Popen([*command, tmp_path / 'several.py', json.dumps(lines)], env=env,
+                                  stdout=file, stderr=file) for command in nodes]
     for i, (script, more) in enumerate(runs):
         assert train(script, more, f'one{i}')['steps'] == 8
     assert [process.wait(timeout=300) for process in nodes] == [0] * n_nodes, log.read_text()
