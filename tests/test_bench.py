@@ -1,4 +1,4 @@
-"""bench.py: the exact gradient that estimators are measured against, the pages."""
+"""bench.py: the exact gradient that estimators are measured against; pages."""
 import re
 import runpy
 import shutil
@@ -70,7 +70,7 @@ def commands(text):
 
 
 def test_commands_of_pages_and_suites(bench, run_here):
-    """Every script and knob exists; what needs no checkpoint and no data runs, with tiny sizes."""
+    """Every script and knob exists; what needs no checkpoint and no data runs, tiny."""
     shown = set.union(*(commands(page.read_text()) for page in PAGES))
     rows = [bench['row_of'](suite, row) for suite in bench['run_by_us']
             for row in bench['SUITES'][suite]['rows']]
@@ -81,6 +81,6 @@ def test_commands_of_pages_and_suites(bench, run_here):
         assert set(re.findall(r'--(\w+)', knobs)) <= names, (script, knobs)
     for script, knobs in shown:
         small = [knob.partition('=')[0] for knob in TINY.get(script, ())]
-        more = [knob for knob in knobs.split() if knob.partition('=')[0] not in small]
+        more = [knob for knob in knobs.split() if knob.partition('=')[0] not in (*small, '--compile')]
         if small and not re.search('init_from|reference|reward=math|plot|page|input_min', knobs):
             assert run_here(script, *more, '--out_dir=a')[0] == 0, (script, knobs)
