@@ -117,8 +117,8 @@ class Attention(nn.Module):
         self.c_attn.bias.register_hook(
             lambda grad: torch.cat([part * kept for part, kept in zip(grad.chunk(3), keep)]))
 
-    def forward(self, x, layer, cache, places, visible):
-        """x: (B, S, d_model). places: rotary angles or relative distances. visible: see GPT2.layers."""
+    def forward(self, x, layer, cache, places, visible, last):
+        """x: (B, S, d_model). places: rotary angles or relative distances. visible, last: see GPT2.layers."""
         B, S, d_model = x.shape
         q, k, v = (y.view(B, S, self.config.n_head, -1).transpose(1, 2)  # (B, H, S, D)
                    for y in self.c_attn(x).split(d_model, dim=-1))
@@ -129,13 +129,15 @@ class Attention(nn.Module):
         elif self.config.position_encoding == 'relative':
             visible = causal(S, places.shape[1], x.device) if visible is None else visible
             mask = (8 * self.relative(places).permute(2, 0, 1)).to(q.dtype).masked_fill(~visible, -torch.inf)
+        q = q[:, :, -last:]  # 0: all
+        mask = mask if mask is None else mask[..., -last:, :]
         if cache is not None and cache.fast and S == 1 and mask is None and not dropout:
             y = attend_to_cache(layer, q, k, v, cache)
         else:
             if cache is not None:
                 k, v = cache.append(layer, k, v)
             y = attention(q, k, v, mask, dropout)
-        return self.c_proj(y.transpose(1, 2).reshape(B, S, d_model))
+        return self.c_proj(y.transpose(1, 2).reshape(B, -1, d_model))
 
 
 def rotary_angles(positions, d_head):
@@ -170,9 +172,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.config = config
 
-    def forward(self, x, layer, cache=None, places=None, visible=None):
-        seen = self.attn(self.ln_1(x), layer, cache, places, visible)
-        x = x + F.dropout(seen, self.config.dropout, self.training)
+    def forward(self, x, layer, cache, places, visible, last):
+        seen = self.attn(self.ln_1(x), layer, cache, places, visible, last)
+        x = x[:, -last:] + F.dropout(seen, self.config.dropout, self.training)
         return x + F.dropout(self.mlp(self.ln_2(x)), self.config.dropout, self.training)
 
 
@@ -216,10 +218,10 @@ class GPT2(nn.Module):
             return tokens @ self.wte.weight
         return self.wte(tokens - self.config.reads.start)
 
-    def layers(self, x, cache=None, positions=None, visible=None):
+    def layers(self, x, cache=None, positions=None, visible=None, last=0):
         """States after the last layer for embeddings x, both (B, S, d_model). The cache grows.
         positions: (S,); None: those after the cache. visible: (S, Sk), True where a token may look; None:
-        causal."""
+        causal. last: only so many last tokens; 0: all."""
         start = cache.length if cache else 0
         end = start + x.shape[1]
         if end > self.config.block_size and visible is None:  # visible: positions repeat
@@ -236,20 +238,20 @@ class GPT2(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream in half the memory
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.blocks(x, cache, places, visible)
+        x = self.blocks(x, cache, places, visible, last)
         if cache is not None:
-            cache.grow(x.shape[1])
+            cache.grow(end - start)
         return x
 
     @fused
-    def blocks(self, x, cache, places, visible):
+    def blocks(self, x, cache, places, visible, last):
         for layer, block in enumerate(self.h):
-            x = block(x, layer, cache, places, visible)
+            x = block(x, layer, cache, places, visible, last if layer == len(self.h) - 1 else 0)
         return self.ln_f(x)
 
-    def hidden(self, tokens, cache=None, positions=None):
-        """States (B, S, d_model) of the last layer at tokens; see embed and layers."""
-        return self.layers(self.embed(tokens), cache, positions)
+    def hidden(self, tokens, cache=None, positions=None, last=0):
+        """States (B, S, d_model) of the last layer; see embed and layers."""
+        return self.layers(self.embed(tokens), cache, positions, last=last)
 
     def logits(self, states, among):
         """Logits (..., len(among)) of a range of tokens at states (..., d_model). Raises ValueError."""
@@ -268,9 +270,9 @@ class GPT2(nn.Module):
 
     def log_probs(self, prompt, tokens, among=None):
         """Log-probabilities and entropies (N, T), in nats and with gradient, of tokens (N, T) after prompts
-        (N, S), each chosen among a range, at temperature 1, however they were sampled."""
+        (N, S), each chosen among a range, at temperature 1."""
         among = among or self.config.writes
-        states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1))[:, prompt.shape[1] - 1:]
+        states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1), last=tokens.shape[1])
         return choice(self.logits(states, among), tokens - among.start)
 
     # ---- generation
@@ -278,10 +280,10 @@ class GPT2(nn.Module):
     @torch.no_grad()
     def generate(self, prompt, n_new, *, among=None, stop=None, noise=None, positions=None, n_rollouts=1,
                  use_cache=True, **sampling):
-        """Continue each prompt (B, S), S >= 1, by n_new tokens, n_rollouts times, side by side. Returns
-        tokens (N, n_new). among: range of tokens to choose from. stop: token that ends a row, which then
-        repeats it. noise: (N, n_new) in [0, 1), one number decides one token. positions: (S,) of the prompt;
-        new tokens count on. sampling: see utils.sample. use_cache=False: the slow reference."""
+        """Continue prompts (B, S), S >= 1, by n_new tokens, n_rollouts times, side by side. Returns
+        tokens (N, n_new). among: range of tokens to choose from. stop: a token that ends a row, which then
+        repeats it. noise: (N, n_new) in [0, 1). positions: (S,); new tokens count on. sampling: see
+        utils.sample. use_cache=False: the slow reference."""
         N, among = len(prompt) * n_rollouts, among or self.config.writes
         if noise is None:
             noise = torch.rand(N, n_new, device=prompt.device)
@@ -299,7 +301,7 @@ class GPT2(nn.Module):
         tokens = self.unroll(prompt, n_new, choose, positions, n_rollouts, use_cache)
         return F.pad(tokens, (0, n_new - tokens.shape[1]), value=stop or 0)
 
-    def unroll(self, prompt, n_new, choose, positions=None, n_rollouts=1, use_cache=True):
+    def unroll(self, prompt, n_new, choose, positions, n_rollouts, use_cache):
         """Continue prompts (B, S) by up to n_new tokens, n_rollouts times: choose(t, states) gets the states
         (N, d_model) at the last tokens; returns the next ones (N,) and which rows go on (N,), None: all.
         Stops if no row does. Returns the new tokens (N, T)."""
@@ -309,18 +311,16 @@ class GPT2(nn.Module):
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else self.wte.weight.dtype
             cache = KVCache(self.config, len(prompt), S + n_new - 1, device, dtype)
-        sequence = prompt.repeat_interleave(n_rollouts, dim=0)
+        sequence, new = prompt.repeat_interleave(n_rollouts, dim=0), prompt
         for t in range(n_new):
+            state = self.hidden(new, cache, positions[S + t - new.shape[1]:S + t], last=1)[:, 0]
             if t == 0:
-                state = self.hidden(prompt, cache, positions[:S])[:, -1].repeat_interleave(n_rollouts, dim=0)
+                state = state.repeat_interleave(n_rollouts, dim=0)  # (N, d_model)
                 if use_cache and n_rollouts > 1:
                     cache.repeat(n_rollouts)
-            elif use_cache:
-                state = self.hidden(sequence[:, -1:], cache, positions[S + t - 1:S + t])[:, -1]
-            else:
-                state = self.hidden(sequence, None, positions[:S + t])[:, -1]  # (N, d_model)
             token, alive = choose(t, state)
             sequence = torch.cat([sequence, token[:, None]], dim=1)
+            new = sequence[:, -1:] if use_cache else sequence
             if alive is not None and not utils.recording and not alive.any():
                 break
         return sequence[:, S:]
@@ -381,7 +381,7 @@ class GPT2Thinking(GPT2):
         return Thoughts(tokens, *self.thought_log_probs(many, tokens, fixed)) if grad else Thoughts(tokens)
 
     def n_thoughts(self, thoughts):
-        """How many thoughts (...) precede the first end_thought in thoughts (..., T)."""
+        """How many (...) of thoughts (..., T) precede the first end_thought."""
         return (thoughts != self.config.end_thought).cumprod(-1).sum(-1)
 
     def until_end(self, thoughts, *values):
@@ -397,11 +397,11 @@ class GPT2Thinking(GPT2):
         """Logits (N, d_normal_vocab) of the answer, read at the end_thought that closes each row: the first
         one in thoughts (N, T), or one that is appended. question: (N, S), read before the thoughts; None:
         blind."""
-        position = self.n_thoughts(thoughts)  # (N,)
-        sequence = F.pad(thoughts, (0, 1), value=self.config.end_thought)  # (N, T + 1)
+        sequence, T = F.pad(thoughts, (0, 1), value=self.config.end_thought), thoughts.shape[1]
         if question is not None:
-            sequence, position = torch.cat([question, sequence], dim=1), position + question.shape[1]
-        states = self.hidden(sequence)[torch.arange(len(sequence), device=sequence.device), position]
+            sequence = torch.cat([question, sequence], dim=1)
+        rows = torch.arange(len(sequence), device=sequence.device)
+        states = self.hidden(sequence, last=T + 1)[rows, self.n_thoughts(thoughts)]
         return self.logits(states, range(self.config.d_normal_vocab))
 
     def think_and_answer(self, question, thoughts, fixed=True, positions=None):
@@ -410,7 +410,7 @@ class GPT2Thinking(GPT2):
         where another thought would be."""
         (B, S), (N, T), cache = question.shape, thoughts.shape, KVCache()
         positions = count_on(positions, S, T, question.device)
-        states = self.hidden(question, cache, positions[:S])[:, -1:].repeat_interleave(N // B, dim=0)
+        states = self.hidden(question, cache, positions[:S], last=1).repeat_interleave(N // B, dim=0)
         if T:
             cache.repeat(N // B)
             states = torch.cat([states, self.hidden(thoughts, cache, positions[S:])], dim=1)  # (N, 1 + T)

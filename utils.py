@@ -985,7 +985,7 @@ def think_merged(model, cache, question, choices, noise, stop, temperature, epsi
             last, (which, rows) = which, alike(which, token)
             cache.select(last[rows])
             new = token[rows, None]
-        states = model.hidden(new, cache)[:, -1]  # (n, d_model)
+        states = model.hidden(new, cache, last=1)[:, 0]  # (n, d_model)
         logits = model.logits(states, choices).float()  # (n, L)
         log_p = logits.log_softmax(-1)
         with torch.no_grad():

@@ -70,7 +70,7 @@ def start(script, *arguments, launcher=(sys.executable,), env=()):
 
 
 def run(script, *arguments, env=()):
-    """Run a script with its tiny knobs and more to its end. Returns the JSON object of its last line."""
+    """Run a script with its tiny knobs and more. Returns the JSON object of its last line."""
     process = start(script, *arguments, env=env)
     out, err = process.communicate(timeout=300)
     return result_of((process.returncode, out, err))
@@ -104,14 +104,14 @@ def run_here(monkeypatch, capsys, tmp_path):
 
 
 def result_of(ran):
-    """The JSON object of the last line of a script that ran to its end: (exit code, stdout, stderr)."""
+    """The last line, a JSON object, of a script that ran to its end: (exit code, stdout, stderr)."""
     code, out, err = ran
     assert code == 0, err
     return json.loads(out.splitlines()[-1])
 
 
 def interrupt(step, run_here, *arguments):
-    """Run a script in this process until it logs this step, which Ctrl-C prevents."""
+    """Run a script in this process until it logs this step, as if by Ctrl-C."""
     def breaks(self, at, log=utils.Run.log, **numbers):
         if at == step:
             raise KeyboardInterrupt
@@ -131,7 +131,7 @@ def metrics(folder):
 
 @pytest.fixture
 def names_of(monkeypatch, tmp_path):
-    """The names of a script after it has run with more knobs, but trained and written nothing."""
+    """The names of a script that ran with more knobs, but trained and wrote nothing."""
     def names_of(name, *more):
         always = '--eval_only=True', f'--out_dir={tmp_path}/e'
         monkeypatch.setattr(sys, 'argv', [f'{name}.py', *TINY[name], *always, *more])

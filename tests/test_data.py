@@ -26,7 +26,7 @@ SPACES = " \n\t\ra's1!\x1c\u00a0\u3000é"
 
 @pytest.fixture(autouse=True)
 def encoding(monkeypatch):
-    """GPT-2's tokenizer with its splits and few of its merges, as its own would have to be downloaded."""
+    """GPT-2's tokenizer with its splits and few of its merges, as its own must be downloaded."""
     ranks = {bytes([i]): i for i in range(256)}
     for text in (a + b for a in SPACES for b in SPACES):
         ranks.setdefault(text.encode(), len(ranks))
@@ -65,7 +65,7 @@ def prepare(run_data, tmp_path):
 
 @pytest.fixture
 def refused(run_data, tmp_path):
-    """Run the script and see that it ends in one line with a message and exit code 2, and writes nothing."""
+    """See that the script ends in one line with a message and exit code 2, and writes nothing."""
     def refused(message, *arguments, writes=False):
         code, _, err = run_data(*arguments)
         assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and message in err, err

@@ -17,7 +17,7 @@ DEVICES = ['cpu', pytest.param('cuda', marks=on_gpu)]
 
 
 def large_weights(model):
-    """Far from the start, so that differences show: all weights and biases random, logits of a few units."""
+    """Far from the start, so that differences show: all weights random, logits of a few units."""
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.data += .2 * torch.randn(p.shape, generator=generator)
@@ -105,6 +105,8 @@ def test_causality(length, kind):
     changed[:, 3] = (changed[:, 3] + 1) % 50
     difference = (model(changed) - model(tokens)).abs().amax(-1)  # (2, length)
     assert difference[:, :3].max() < 1e-5 and difference[:, 3:8].min() > 1e-3
+    for n in (1, 3):
+        torch.testing.assert_close(model.hidden(tokens, last=n), model.hidden(tokens)[:, -n:])
 
 
 def test_reading_in_parts_equals_reading_at_once():
@@ -138,7 +140,7 @@ def test_positions_by_distance(kind):
 def test_what_is_fused_is_one_graph():
     model, how = small_thinker(), dict(backend='eager', fullgraph=True)
     tokens = tokens_for(model, 3, 5)
-    args = model.embed(tokens).detach(), KVCache(model.config, 3, 9), None, None
+    args = model.embed(tokens).detach(), KVCache(model.config, 3, 9), None, None, 2
     torch.testing.assert_close(torch.compile(model.blocks, **how)(*args), model.blocks(*args))
     args = torch.randn(3, 10), torch.rand(3), .7, .1
     assert torch.equal(torch.compile(sample, **how)(*args), sample(*args))

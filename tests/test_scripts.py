@@ -1,4 +1,4 @@
-"""The scripts as users run them: with tiny knobs, edited, interrupted, by two processes, with bad input."""
+"""The scripts as users run them: tiny, edited, interrupted, by two processes, with bad input."""
 import contextlib
 import itertools
 import json
@@ -323,7 +323,7 @@ SIXTEEN_CODES = '--input_max=16 --d_thought_vocab=4 --batch_size=16 --d_model=32
     ('sinkhorn', .8, '--max_steps=30'), ('reinforce', 1, '--max_steps=600 --learning_rate=1e-3'),
     ('gumbel', .35, '--max_steps=150 --learning_rate=1e-3 --learning_rate_answer=1e-3 --tau=8')])
 def test_a_code_from_nothing(method, least, knobs, train):
-    """Sixteen inputs and sixteen codes: least is what seeds 0 to 2 reached on a CPU, chance is .06."""
+    """Sixteen inputs and codes: least is what seeds 0 to 2 reached on a CPU, chance is .06."""
     result = train('autoencoder_think', f'{SIXTEEN_CODES} --eval_every=300 --method={method} {knobs}')
     assert result['accuracy'] >= least and result['codes'] >= 16 * result['accuracy']
     assert result['ablation']['own'] > 2 * others(result)
@@ -527,7 +527,7 @@ for i, sys.argv in enumerate(json.loads(sys.argv[1])):
 
 @pytest.mark.parametrize('scripts, n_nodes', [(SCRIPTS[:3], 1), (SCRIPTS[3:], 2)])
 def test_two_processes_equal_one(scripts, n_nodes, train, tmp_path):
-    """Of one node, or of two on this machine. They start once, as that takes a while, for all variants."""
+    """Of one node, or of two here. They start once, as that takes a while, for all variants."""
     # half precision rounds halves of a batch otherwise
     runs = [(script, f'{more} --max_steps=8 --eval_every=4 --dtype=float32')
             for script in scripts for more in ('', *VARIANTS[script])]

@@ -1,4 +1,4 @@
-"""supervised_rollout_think.py: ordinary training without thoughts, and what thoughts are paid with them."""
+"""supervised_rollout_think.py: training without thoughts, and what thoughts are paid."""
 import math
 import shutil
 
