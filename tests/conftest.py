@@ -111,7 +111,7 @@ def result_of(ran):
 
 
 def interrupt(step, run_here, *arguments):
-    """Run a script in this process until it logs this step, as if by Ctrl-C."""
+    """Run a script in this process until it logs this step."""
     def breaks(self, at, log=utils.Run.log, **numbers):
         if at == step:
             raise KeyboardInterrupt
