@@ -145,7 +145,7 @@ if (n_codes := len(all_codes)) < input_max:
 @fused
 def invent(question, answer, noise, dice, epsilon, codes=all_codes, bonus=0.):
     """Codes (C,) compete for the answers. bonus: (M, C), added to their scores."""
-    log_q = answering.answer(spell(codes)).float().log_softmax(-1).T        # (M, C) log p(answer | code)
+    log_q = answering.answer(spell(codes), fixed=fixed).float().log_softmax(-1).T  # (M, C) log p(answer|code)
     scores = reward(log_q, codes) + bonus
     if advantage == 'balanced':
         log_target, prices = balanced_target(scores, state['prices'][codes], tau)       # (M, C)
@@ -178,7 +178,7 @@ def policy_gradient(question, answer, noise, dice, epsilon):
                                      epsilon=epsilon, grad=True)            # (B G, T)
     log_pi, entropy = (x.sum(1).view(-1, group_size) for x in both)         # (B, G)
     codes, column = distinct(number(thoughts).view(-1, group_size))         # (C,), (B, G)
-    log_q = answering.answer(spell(codes)).float().log_softmax(-1).T        # (M, C)
+    log_q = answering.answer(spell(codes), fixed=fixed).float().log_softmax(-1).T    # (M, C)
     rewards = reward(log_q, codes)[answer[:, None], column]                 # (B, G)
     pooled = world.gather(rewards)
     weights = advantages(rewards, advantage, tau, state['baseline'], pooled, log_pi.detach())

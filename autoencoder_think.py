@@ -144,8 +144,8 @@ def draw_growth():
 
 def score(codes, x):
     """log p(x | code) of inputs x (B,) and codes (C,): (B, C)."""
-    return torch.cat([answering.answer(thinking.spell(part, think_len)).float().log_softmax(-1)[:, x]
-                      for part in codes.split(max(1, 2**25 // input_max))]).T
+    codes = [thinking.spell(part, think_len) for part in codes.split(max(1, 2**25 // input_max))]
+    return torch.cat([answering.answer(part, fixed=True).float().log_softmax(-1)[:, x] for part in codes]).T
 
 
 def one_to_one(scores):
@@ -194,7 +194,7 @@ def imitate(x, codes, step):
     """Both policies learn given pairs."""
     thoughts = thinking.spell(codes, think_len)                                     # (B, T)
     return {'thinking_loss': -thinking.thought_log_probs(x[:, None], thoughts)[0].sum(1).mean(),
-            'answering_loss': F.cross_entropy(answering.answer(thoughts).float(), x)}
+            'answering_loss': F.cross_entropy(answering.answer(thoughts, fixed=True).float(), x)}
 
 
 def policy_gradient(x, codes, step):

@@ -93,7 +93,7 @@ class ThinkingModelConfig(ModelConfig):
 
     @property
     def end_thought(self):
-        """The token that ends a thought, the last one."""
+        """The token that ends a thought."""
         return self.d_vocab - 1
 
     def tokens(self, kind):
@@ -226,8 +226,7 @@ class GPT2(nn.Module):
         end = start + x.shape[1]
         if end > self.config.block_size and visible is None:  # visible: positions repeat
             raise ValueError(f'{end} tokens are more than block_size={self.config.block_size}')
-        if positions is None:
-            positions = torch.arange(start, end, device=x.device)
+        positions = torch.arange(start, end, device=x.device) if positions is None else positions
         places, keys = None, cache.place(positions) if cache else positions  # positions of keys (Sk,)
         if self.config.position_encoding == 'learned':
             x = x + self.wpe(positions)
@@ -393,15 +392,16 @@ class GPT2Thinking(GPT2):
         """Log-probabilities and entropies (N, T), with gradient, of thoughts; 0 after an end_thought."""
         return self.until_end(thoughts, *self.log_probs(question, thoughts, self.thought_range(fixed)))
 
-    def answer(self, thoughts, question=None):
-        """Logits (N, d_normal_vocab) of the answer, read at the end_thought that closes each row: the first
-        one in thoughts (N, T), or one that is appended. question: (N, S), read before the thoughts; None:
-        blind."""
+    def answer(self, thoughts, question=None, fixed=False):
+        """Logits (N, d_normal_vocab) of the answer, read at the end_thought that closes each row: one that is
+        appended to thoughts (N, T) or, unless fixed, the first one in them. question: (N, S), read before the
+        thoughts; None: blind."""
         sequence, T = F.pad(thoughts, (0, 1), value=self.config.end_thought), thoughts.shape[1]
         if question is not None:
             sequence = torch.cat([question, sequence], dim=1)
-        rows = torch.arange(len(sequence), device=sequence.device)
-        states = self.hidden(sequence, last=T + 1)[rows, self.n_thoughts(thoughts)]
+        states = self.hidden(sequence, last=1 if fixed else T + 1)
+        ends = 0 if fixed else self.n_thoughts(thoughts)
+        states = states[torch.arange(len(states), device=states.device), ends]
         return self.logits(states, range(self.config.d_normal_vocab))
 
     def think_and_answer(self, question, thoughts, fixed=True, positions=None):
@@ -564,7 +564,7 @@ class GPT2Thinking(GPT2):
 
 class KVCache:
     """Keys and values (B, H, S, D) of each layer at the positions a model has read. It grows and passes
-    gradients; given a config and sizes, it fills memory reserved once, without gradients: faster."""
+    gradients; given a config and sizes, it fills memory reserved once, without gradients."""
 
     def __init__(self, config=None, n_rows=0, n_positions=0, device=None, dtype=None):
         self.kv, self.length, self.positions = {}, 0, None
@@ -575,7 +575,7 @@ class KVCache:
             self.kv = {layer: [torch.empty(shape, device=device, dtype=dtype) for _ in 'kv']
                        for layer in range(config.n_layer)}
             self.fast = has_kernel(device, shape[-1])
-            self.on_device = torch.zeros((), dtype=torch.int32, device=device)  # length, for the kernel
+            self.on_device = torch.zeros((), dtype=torch.int32, device=device)  # length
 
     def append(self, layer, k, v):
         """Store k, v (B, H, S, D) of new tokens. Returns all so far."""
@@ -601,7 +601,7 @@ class KVCache:
             self.on_device += n
 
     def repeat(self, n):
-        """Repeat every row n times, side by side: the cache of one question serves all its rollouts."""
+        """Repeat every row n times, side by side."""
         self.kv = {layer: [kept.repeat_interleave(n, dim=0) for kept in kv] for layer, kv in self.kv.items()}
 
     def select(self, rows):
@@ -661,7 +661,7 @@ def unpack(packed):
         config, state = Config(**packed['config']), packed['state']
         if config.n_layer > len(state) or not all(p.isfinite().all() for p in state.values()):
             raise ValueError('weights are missing, or not finite')
-        with torch.device('meta'):  # no memory, whatever a damaged config asks for
+        with torch.device('meta'):  # no memory, whatever a config asks for
             Model(config).load_state_dict(dict(state), assign=True)  # checks shapes
         model = Model(config)
         model.load_state_dict(state)

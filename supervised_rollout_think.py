@@ -162,8 +162,7 @@ def ordinary(x, y, noise, bonus):
 
 def by_gradient(x, y, noise, bonus):
     """Thoughts learn what lowers the loss: its gradient passes through them, unless they are plain tokens."""
-    *_, last = think(x, noise)
-    return loss_at(last, y.repeat_interleave(G, dim=0)).mean(), {}
+    return loss_at(think(x, noise)[-1], y.repeat_interleave(G, dim=0)).mean(), {}
 
 
 def by_reward(x, y, noise, bonus):
@@ -230,7 +229,8 @@ def evaluate(step):
     model.eval()
     found = test()
     mean = {name: loss.mean().item() for name, loss in found.items()}
-    run.report(step, **{f'val_loss_{name}': mean[name] for name in mean if name != 'own'}, val_loss=mean['own'])
+    run.report(step, **{f'val_loss_{name}': x for name, x in mean.items() if name != 'own'},
+               val_loss=mean['own'])
     run.sample(write())
     run.save_best(step, -mean['own'], models)
     mean.pop('reference', None)

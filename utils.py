@@ -292,7 +292,7 @@ def load_checkpoint(path, text=None):
 
 
 def pack(model):
-    """A model as numbers, text, tensors, for model.unpack."""
+    """A model as plain data, for model.unpack."""
     return {'kind': type(model.config).__name__, 'config': asdict(model.config), 'state': model.state_dict()}
 
 
@@ -437,7 +437,7 @@ class Run:
             fail(f'{what} at step {step}: training diverged, a smaller learning_rate may help{Run.where}')
 
     def report(self, step, **numbers):
-        """Log and print an evaluation; the bar shows two numbers."""
+        """Log and print an evaluation."""
         self.log(step, **numbers)
         self.shown = []
         shown = {name: f'{value:.4g}' for name, value in numbers.items()}
@@ -445,7 +445,7 @@ class Run:
         self.bar.set_postfix(dict(list(shown.items())[-2:]))
 
     def save(self, step, models, file='ckpt.pt', **state):
-        """Write a checkpoint of models and tensors by name, to resume with equal bits."""
+        """Write a checkpoint of models and tensors by name."""
         packed = {name: x if isinstance(x, dict) else pack(x) for name, x in models.items()}
         finite = all(x.isfinite().all() for model in packed.values() for x in model['state'].values())
         self.check(finite, 'a weight is not finite', step)
@@ -595,7 +595,7 @@ class SerialTask:
 
 
 def gpt2_encoding():
-    """tiktoken's encoding of GPT-2. Fails if its files are missing."""
+    """tiktoken's encoding of GPT-2, or fail."""
     try:
         return need('tiktoken', "for GPT-2's tokens").get_encoding('gpt2')
     except Exception as error:
@@ -770,7 +770,8 @@ def judge(answering, thoughts, right):
     """A policy's answers (n,) to thoughts (n, T), the share that are `right`, the bits that it got."""
     found = []
     for part, answer in zip(thoughts.split(4096), right.split(4096)):
-        log_p = answering.answer(part).float().log_softmax(-1)
+        part, row = F.pad(part, (0, 1)).unique(dim=0, return_inverse=True)  # equal ones are read once
+        log_p = answering.answer(part[:, :-1]).float().log_softmax(-1)[row]
         found.append((log_p.argmax(-1), log_p.gather(1, answer[:, None])[:, 0]))
     answers, log_q = (torch.cat(each) for each in zip(*found))
     # a lower bound of mutual information (Barber and Agakov 2003)
@@ -779,7 +780,7 @@ def judge(answering, thoughts, right):
 
 
 def ablations(thoughts, choices, seed=0):
-    """What replaces thoughts (N, T) of range `choices`, to see whether they are used: {name: thoughts}."""
+    """What replaces thoughts (N, T) of range `choices` to see if they are used: {name: thoughts}."""
     generator, (N, T) = torch.Generator().manual_seed(seed), thoughts.shape
     rows, counts = thoughts.cpu().unique(dim=0, return_counts=True)
     order = torch.randperm(N, generator=generator).to(thoughts.device)
@@ -906,7 +907,7 @@ def attention(q, k, v, mask=None, dropout=0.):
     """F.scaled_dot_product_attention for the last Sq of Sk tokens. mask: as there; None: causal."""
     n_query, n_key, few = q.shape[2], k.shape[2], k.shape[2] <= FEW
     if n_key == 1 and not dropout:
-        return v  # or its weight had a gradient of rounding error, which Adam blows up
+        return v  # or its weight's gradient was rounding error
     if mask is None and (few or n_query not in (1, n_key)):
         mask = causal(n_query, n_key, q.device)
     if not few:

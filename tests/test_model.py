@@ -229,6 +229,8 @@ def test_answers_of_mixed_lengths_equal_one_at_a_time():
             own = given[row][given[row] != end]
             sequence = torch.cat([question[row], own, torch.tensor([end])])
             torch.testing.assert_close(together[row], model(sequence[None])[0, -1, :20], atol=1e-5, rtol=1e-5)
+    thoughts = model.think(question, 5).tokens
+    torch.testing.assert_close(model.answer(thoughts, question, True), model.answer(thoughts, question))
 
 
 @pytest.mark.parametrize('kind', POSITIONS)

@@ -273,7 +273,7 @@ def test_a_chat_template_is_used(of_math, script, solver):
     first, solved, second, again = names['TURNS']
     shown = f'user{first}<turn>assistant{solved}<turn>user{second}<turn>assistant{again}<turn>user'
     assert ids[0].tolist() == tokenizer(shown + '00?<turn>')['input_ids']
-    assert model.generation_config.eos_token_id == [0, 8]  # an empty line does not end a solution
+    assert model.generation_config.eos_token_id == [0, 8]
     with torch.no_grad():
         model.lm_head.weight[:] = 0
     noise = torch.tensor([[.85, .85, .99, .1, .1, .1], 6 * [.5]])

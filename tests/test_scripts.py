@@ -21,7 +21,7 @@ import utils
 from model import unpack
 
 SCRIPTS = list(TINY)
-# what the best checkpoint is best in; an arbitrary code has nothing that could be held out
+# what the best checkpoint is best in; an arbitrary code holds out nothing
 SCORE = {script: 'heldout_accuracy' if script.startswith('add') else 'accuracy' for script in SCRIPTS}
 SCORE['supervised_rollout_think'] = SCORE['rollout_think'] = 'val_loss'
 VARIANTS = {  # what else must be resumed, and shared by processes
@@ -456,7 +456,7 @@ def test_what_is_edited_counts_as_what_is_given(edited, train, refuse):
         return [checkpoint(folder)['knobs'][name] for name in ('learning_rate', 'heldout')]
     train('add_normal')
     path = edited('add_normal', learning_rate='1e-2 / 5', heldout='.5')
-    assert used(' --init_from=a/ckpt.pt', 'b') == [.002, .2]  # only the split is that of the checkpoint
+    assert used(' --init_from=a/ckpt.pt', 'b') == [.002, .2]  # only the split is its
     assert used(' --init_from=resume --max_steps=8', 'a') == [.003, .2]  # everything is
     refuse(edited('add_think', advantage="'grpo'"), '--baseline=batch', 'needs --baseline=group')
     refuse(edited('add_normal', n_layer='-1'), '', '--n_layer=-1 must be between 1')
@@ -520,7 +520,7 @@ def test_the_clock_goes_on_when_resumed(train):
 SEVERAL_RUNS = """
 import json, os, runpy, sys
 for i, sys.argv in enumerate(json.loads(sys.argv[1])):
-    os.environ['TORCHELASTIC_RESTART_COUNT'] = str(i)  # each group meets in another place
+    os.environ['TORCHELASTIC_RESTART_COUNT'] = str(i)
     runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
@@ -555,7 +555,7 @@ def test_two_processes_equal_one(scripts, n_nodes, train, tmp_path):
 
 def assert_alike(*folders):
     for one, two in zip(*map(metrics, folders), strict=True):
-        for name in one.keys() - {'chosen_codes', 'distinct_thoughts'}:  # a process counts its own
+        for name in one.keys() - {'chosen_codes', 'distinct_thoughts'}:
             assert two[name] == pytest.approx(one[name], abs=1e-3), name
 
 
@@ -654,7 +654,7 @@ def test_checkpoints_are_not_trusted(train, refuse, tmp_path):
     for knob, value in {'batch_size': 'x', 'n_layer': 1.5, 'group_size': 10**9, 'task': 'no'}.items():
         refused(f'--{knob}=', knobs=good['knobs'] | {knob: value})
     optimizer = checkpoint()['optimizers'][0]
-    optimizer['state'][0]['exp_avg'] = torch.zeros(1)  # a fused kernel would write behind it
+    optimizer['state'][0]['exp_avg'] = torch.zeros(1)  # a fused kernel would write beyond
     refused('does not fit', optimizers=[optimizer])
     model = checkpoint()['models']['model']
     for change in ({'n_layer': 10**9}, {'d_model': 2**20}, {'init': 7}):

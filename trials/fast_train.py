@@ -44,6 +44,9 @@ def one(way):
         loss = lambda x, y: compiled(x, y)[1]
     else:
         if 'fa4' in parts:
+            import flash_attn.cute.interface as fa
+            forward = fa._flash_attn_fwd    # returns more than torch 2.11 expects
+            fa._flash_attn_fwd = lambda *args, **kw: forward(*args, **kw)[:2]
             torch.nn.attention.activate_flash_attention_impl('FA4')
             torch.backends.cuda.enable_cudnn_sdp(False)
             torch.backends.cuda.enable_mem_efficient_sdp(False)
@@ -133,14 +136,14 @@ def all_ways(limit):
     def job(way):
         gpu = free.get()
         try:
-            with open(out / f'{way}.txt', 'w') as file:
+            with open(out / f'{way.replace("+", "_")}.txt', 'w') as file:
                 subprocess.run([sys.executable, __file__, way], stdout=file, stderr=subprocess.STDOUT, timeout=limit,
-                               env=os.environ | {'CUDA_VISIBLE_DEVICES': str(gpu)})
+                               env=os.environ | {'CUDA_VISIBLE_DEVICES': str(gpu), 'TORCHINDUCTOR_CACHE_DIR': f'/tmp/{way}'})
         except subprocess.TimeoutExpired:
             print(way, 'did not end')
         finally:
             free.put(gpu)
-        lines = (out / f'{way}.txt').read_text().splitlines()
+        lines = (out / f'{way.replace("+", "_")}.txt').read_text().splitlines()
         last = [line for line in lines if line.startswith('RESULT')] or lines[-3:]
         print(way, *last, flush=True)
     with ThreadPoolExecutor(8) as pool:
