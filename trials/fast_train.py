@@ -6,6 +6,7 @@
 parts: fa4 (flash-attn-4 behind scaled_dot_product_attention), mlp (quack's GELU in the products' epilogues),
 lin (quack's products everywhere), ce (quack's fused loss), chunked (quack's, logits chunk by chunk), liger (its
 fused loss), graph (the compiled step as one CUDA graph), tuned (quack tunes its products), nano, ours, profile."""
+import functools
 import json
 import os
 import subprocess
@@ -46,7 +47,7 @@ def one(way):
         if 'fa4' in parts:
             import flash_attn.cute.interface as fa
             forward = fa._flash_attn_fwd    # returns more than torch 2.11 expects
-            fa._flash_attn_fwd = lambda *args, **kw: forward(*args, **kw)[:2]
+            fa._flash_attn_fwd = functools.wraps(forward)(lambda *args, **kw: forward(*args, **kw)[:2])
             torch.nn.attention.activate_flash_attention_impl('FA4')
             torch.backends.cuda.enable_cudnn_sdp(False)
             torch.backends.cuda.enable_mem_efficient_sdp(False)
@@ -58,7 +59,7 @@ def one(way):
                 bias2=self.c_proj.bias, tuned=tuned)
         if 'ce' in parts or 'chunked' in parts:
             from quack.linear_cross_entropy import chunked_linear_cross_entropy
-            size, scaled = int(os.environ.get('CHUNK', 4096)), 'ce' in parts
+            size, scaled = 16384 if 'c16' in parts else 8192 if 'c8' in parts else 4096, 'ce' in parts
 
             def fused(self, tokens, targets, positions=None):
                 return chunked_linear_cross_entropy(
