@@ -221,7 +221,7 @@ class GPT2(nn.Module):
     def layers(self, x, cache=None, positions=None, visible=None, last=0):
         """States after the last layer for embeddings x, both (B, S, d_model). The cache grows.
         positions: (S,); None: those after the cache. visible: (S, Sk), True where a token may look; None:
-        causal. last: only so many last tokens; 0: all."""
+        causal. last: how many final states; 0: all."""
         start = cache.length if cache else 0
         end = start + x.shape[1]
         if end > self.config.block_size and visible is None:  # visible: positions repeat
@@ -249,7 +249,7 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def hidden(self, tokens, cache=None, positions=None, last=0):
-        """States (B, S, d_model) of the last layer; see embed and layers."""
+        """States of the last layer at tokens (B, S); see embed and layers."""
         return self.layers(self.embed(tokens), cache, positions, last=last)
 
     def logits(self, states, among):
@@ -271,7 +271,7 @@ class GPT2(nn.Module):
         """Log-probabilities and entropies (N, T), in nats and with gradient, of tokens (N, T) after prompts
         (N, S), each chosen among a range, at temperature 1."""
         among = among or self.config.writes
-        states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1), last=tokens.shape[1])
+        states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1), last=max(1, tokens.shape[1]))
         return choice(self.logits(states, among), tokens - among.start)
 
     # ---- generation
@@ -393,9 +393,9 @@ class GPT2Thinking(GPT2):
         return self.until_end(thoughts, *self.log_probs(question, thoughts, self.thought_range(fixed)))
 
     def answer(self, thoughts, question=None, fixed=False):
-        """Logits (N, d_normal_vocab) of the answer, read at the end_thought that closes each row: one that is
-        appended to thoughts (N, T) or, unless fixed, the first one in them. question: (N, S), read before the
-        thoughts; None: blind."""
+        """Logits (N, d_normal_vocab) of the answer, read at the first end_thought of each row; one is
+        appended to thoughts (N, T), which have no other if fixed. question: (N, S), read before them; None:
+        blind."""
         sequence, T = F.pad(thoughts, (0, 1), value=self.config.end_thought), thoughts.shape[1]
         if question is not None:
             sequence = torch.cat([question, sequence], dim=1)

@@ -770,7 +770,7 @@ def judge(answering, thoughts, right):
     """A policy's answers (n,) to thoughts (n, T), the share that are `right`, the bits that it got."""
     found = []
     for part, answer in zip(thoughts.split(4096), right.split(4096)):
-        part, row = F.pad(part, (0, 1)).unique(dim=0, return_inverse=True)  # equal ones are read once
+        part, row = F.pad(part, (0, 1)).unique(dim=0, return_inverse=True)  # equal ones once; T may be 0
         log_p = answering.answer(part[:, :-1]).float().log_softmax(-1)[row]
         found.append((log_p.argmax(-1), log_p.gather(1, answer[:, None])[:, 0]))
     answers, log_q = (torch.cat(each) for each in zip(*found))
@@ -907,7 +907,7 @@ def attention(q, k, v, mask=None, dropout=0.):
     """F.scaled_dot_product_attention for the last Sq of Sk tokens. mask: as there; None: causal."""
     n_query, n_key, few = q.shape[2], k.shape[2], k.shape[2] <= FEW
     if n_key == 1 and not dropout:
-        return v  # or its weight's gradient was rounding error
+        return v  # else q, k get rounding errors as gradients
     if mask is None and (few or n_query not in (1, n_key)):
         mask = causal(n_query, n_key, q.device)
     if not few:
