@@ -394,8 +394,7 @@ class GPT2Thinking(GPT2):
 
     def answer(self, thoughts, question=None, fixed=False):
         """Logits (N, d_normal_vocab) of the answer, read at the first end_thought of each row; one is
-        appended to thoughts (N, T), which have no other if fixed. question: (N, S), read before them; None:
-        blind."""
+        appended to thoughts (N, T), the only one if fixed. question: (N, S), read first; None: blind."""
         sequence, T = F.pad(thoughts, (0, 1), value=self.config.end_thought), thoughts.shape[1]
         if question is not None:
             sequence = torch.cat([question, sequence], dim=1)
@@ -414,9 +413,10 @@ class GPT2Thinking(GPT2):
         if T:
             cache.repeat(N // B)
             states = torch.cat([states, self.hidden(thoughts, cache, positions[S:])], dim=1)  # (N, 1 + T)
-        choices, last = self.thought_range(fixed), states[torch.arange(N), self.n_thoughts(thoughts)]
+        choices, rows = self.thought_range(fixed), torch.arange(N, device=states.device)
         both = choice(self.logits(states[:, :T], choices), thoughts - choices.start)
-        return *self.until_end(thoughts, *both), self.logits(last, range(self.config.d_normal_vocab))
+        answer = self.logits(states[rows, self.n_thoughts(thoughts)], range(self.config.d_normal_vocab))
+        return *self.until_end(thoughts, *both), answer
 
     # ---- thoughts as numbers
 

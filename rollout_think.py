@@ -73,7 +73,7 @@ eval_prefixes = 128           # prefixes or problems per evaluation, evenly from
 log_every = 1                 # steps between lines of metrics.jsonl
 seed = 0                      # of prefixes, problems and rollouts
 device = 'auto'               # auto, cpu, cuda, cuda:1, mps
-dtype = 'float32'             # 'float32' | 'bfloat16'
+dtype = 'float32'             # 'float32' | 'bfloat16'; on a GPU float32 products are TF32
 compile = False               # write as one CUDA graph of fused kernels: faster, a minute later
 init_from = 'scratch'         # resume, auto, a checkpoint, GPT-2; math: hub name, folder, .gguf
 eval_only = False             # evaluate, train nothing, write nothing
@@ -180,7 +180,7 @@ def describe(text):
     """Loss of texts (eval_prefixes, n) by the reference, nats per token; their variety."""
     loss = -judge.log_probs(val_prefix, text, range(d_vocab))[0].mean().item()
     runs = text.unfold(1, min(4, text_len), 1).flatten(0, 1)
-    return {'val_loss': loss, 'perplexity': math.exp(min(loss, 700)),    # which fits into a number
+    return {'val_loss': loss, 'perplexity': math.exp(min(loss, 700)),    # fits a number
             'distinct_4': len(runs.unique(dim=0)) / len(runs)}
 
 
@@ -387,13 +387,13 @@ def problem_losses(problems, dice):
     grades = [grade(text, problems[n // G]['answer']) for n, text in enumerate(texts)]
     right, formed = torch.tensor(grades, device=world.device).float().T  # (N,)
     weights = advantages((right + format_weight * formed).view(-1, G), advantage, tau)  # (B, G)
-    # each part is read again for its gradient, so that only one at a time is in memory
+    # each part is read again for its gradient: one at a time in memory
     parts = zip(*(x.split(micro_batch or len(x)) for x in (asked, given, tokens, mask)))
     log_pi = torch.cat([checkpoint(solution_log_probs, *part, use_reentrant=False, preserve_rng_state=False)
                         for part in parts])  # (N, T)
     loss = -(weights.flatten() * log_pi.sum(1)).sum() / (len(problems) * text_len)
     return loss, {'accuracy': right.mean(), 'format': formed.mean(), 'length': mask.sum(1).float().mean(),
-                  'mixed': (right.view(-1, G).std(1) > 0).float().mean(),   # groups with right and wrong ones
+                  'mixed': (right.view(-1, G).std(1) > 0).float().mean(),   # right and wrong ones
                   'cut_off': endless.float().mean(), 'entropy': -log_pi.detach().sum() / mask.sum(),
                   **concentration(weights)}
 
