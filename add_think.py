@@ -58,7 +58,7 @@ advantage = 'dr_grpo'         # 'dr_grpo' | 'grpo' | 'rloo' | 'softmax' | 'best'
                               # 'quantile_batch' | 'softmax_quantile' | 'softmax_centred' | 'tpo': see utils
 tau = 1.                      # temperature of the three softmax and tpo
 code_price = 3.               # nats per log of a thought's overuse, so that no two states share a thought
-text_weight = 0.              # of the mean cross-entropy of a question's own tokens, padding as well
+text_weight = 0.              # of the mean cross-entropy of a question's tokens, padding too
 entropy_weight = .05          # of a bonus for entropy of thoughts; after 300 steps of a depth a fifth of it
 eval_every = 500              # steps between evaluations, each with a checkpoint and samples
 eval_questions = 2000         # questions per evaluation
@@ -162,7 +162,7 @@ def think(question, states, noise, **sampling):
 def respond(question, thought, by=model):
     """Log p and entropies (N, T) of thoughts after questions (B, S), log p (N, M) of answers."""
     if thoughts == 'none':
-        logits = by(question, None, places(question))[:, -1]
+        logits = by(question, None, places(question), first=-1)[:, 0]
         log_pi = entropy = logits[:, :0]
     else:
         log_pi, entropy, logits = by.think_and_answer(question, thought, fixed, places(question))

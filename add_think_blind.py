@@ -203,7 +203,7 @@ def update(question, answer, noise, dice, epsilon):
     with world.autocast:
         thinking_loss, answering_loss, seen = learn(question, answer, noise, dice, epsilon)
         if super:
-            answering_loss = F.cross_entropy(answering.answer(hand_made).float()[answer], answer)
+            answering_loss = F.cross_entropy(answering.answer(hand_made, fixed=True).float()[answer], answer)
         if supervised_weight:
             log_pi, _ = thinking.thought_log_probs(question, hand_made[answer], fixed)      # (B, T)
             thinking_loss = thinking_loss - supervised_weight * log_pi.sum(1).mean()

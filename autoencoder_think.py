@@ -144,8 +144,8 @@ def draw_growth():
 
 def score(codes, x):
     """log p(x | code) of inputs x (B,) and codes (C,): (B, C)."""
-    codes = [thinking.spell(part, think_len) for part in codes.split(max(1, 2**25 // input_max))]
-    return torch.cat([answering.answer(part, fixed=True).float().log_softmax(-1)[:, x] for part in codes]).T
+    parts = [thinking.spell(part, think_len) for part in codes.split(max(1, 2**25 // input_max))]
+    return torch.cat([answering.answer(part, fixed=True).float().log_softmax(-1)[:, x] for part in parts]).T
 
 
 def one_to_one(scores):
@@ -220,8 +220,8 @@ def code_log_probs(x):
         if t:       # each goes on in L ways
             cache.repeat(d_thought_vocab)
             sequence = torch.tensor(thought_tokens, device=x.device).repeat(len(sequence))[:, None]
-        logits = thinking.logits(thinking.hidden(sequence, cache)[:, -1], thought_tokens)       # (B L^t, L)
-        log_pi = log_pi.view(-1, 1) + logits.float().log_softmax(-1)
+        logits = thinking.logits(thinking.hidden(sequence, cache, first=-1)[:, 0], thought_tokens)
+        log_pi = log_pi.view(-1, 1) + logits.float().log_softmax(-1)        # (B L^t, L)
     return log_pi.view(len(x), -1)
 
 
@@ -229,14 +229,14 @@ def straight_through(x, codes, step):
     """Thoughts are tokens in the forward pass and probabilities in the backward pass."""
     sequence = F.one_hot(x[:, None], thinking.config.d_vocab_total).float()         # (B, 1, V)
     for _ in range(think_len):
-        logits = thinking.logits(thinking.hidden(sequence)[:, -1], thought_tokens).float()
+        logits = thinking.logits(thinking.hidden(sequence, first=-1)[:, 0], thought_tokens).float()
         uniform = world.draw(n_batch, d_thought_vocab).clamp(1e-9)
         soft = ((logits - (-uniform.log()).log()) / tau).softmax(-1)                # (B, L)
         thought = F.one_hot(soft.argmax(-1), d_thought_vocab) + soft - soft.detach()
         sequence = torch.cat([sequence, F.pad(thought, (input_max, 1))[:, None]], dim=1)
     read = F.pad(sequence[:, 1:, input_max:], (0, 0, 0, 1))                         # (B, T + 1, L + 1)
     read[:, -1, -1] = 1                                                             # end_thought
-    return {'answering_loss': F.cross_entropy(answering(read)[:, -1].float(), x)}
+    return {'answering_loss': F.cross_entropy(answering(read, first=-1)[:, 0].float(), x)}
 
 
 # ---- training ----

@@ -117,8 +117,8 @@ class Attention(nn.Module):
         self.c_attn.bias.register_hook(
             lambda grad: torch.cat([part * kept for part, kept in zip(grad.chunk(3), keep)]))
 
-    def forward(self, x, layer, cache, places, visible, last):
-        """x: (B, S, d_model). places: rotary angles or relative distances. visible, last: see GPT2.layers."""
+    def forward(self, x, layer, cache, places, visible, first):
+        """x: (B, S, d_model). places: rotary angles or relative distances. visible, first: see layers."""
         B, S, d_model = x.shape
         q, k, v = (y.view(B, S, self.config.n_head, -1).transpose(1, 2)  # (B, H, S, D)
                    for y in self.c_attn(x).split(d_model, dim=-1))
@@ -129,8 +129,8 @@ class Attention(nn.Module):
         elif self.config.position_encoding == 'relative':
             visible = causal(S, places.shape[1], x.device) if visible is None else visible
             mask = (8 * self.relative(places).permute(2, 0, 1)).to(q.dtype).masked_fill(~visible, -torch.inf)
-        q = q[:, :, -last:]  # 0: all
-        mask = mask if mask is None else mask[..., -last:, :]
+        q = q[:, :, first:]
+        mask = mask if mask is None else mask[..., first:, :]
         if cache is not None and cache.fast and S == 1 and mask is None and not dropout:
             y = attend_to_cache(layer, q, k, v, cache)
         else:
@@ -172,9 +172,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.config = config
 
-    def forward(self, x, layer, cache, places, visible, last):
-        seen = self.attn(self.ln_1(x), layer, cache, places, visible, last)
-        x = x[:, -last:] + F.dropout(seen, self.config.dropout, self.training)
+    def forward(self, x, layer, cache, places, visible, first):
+        seen = self.attn(self.ln_1(x), layer, cache, places, visible, first)
+        x = x[:, first:] + F.dropout(seen, self.config.dropout, self.training)
         return x + F.dropout(self.mlp(self.ln_2(x)), self.config.dropout, self.training)
 
 
@@ -218,10 +218,10 @@ class GPT2(nn.Module):
             return tokens @ self.wte.weight
         return self.wte(tokens - self.config.reads.start)
 
-    def layers(self, x, cache=None, positions=None, visible=None, last=0):
+    def layers(self, x, cache=None, positions=None, visible=None, first=0):
         """States after the last layer for embeddings x, both (B, S, d_model). The cache grows.
         positions: (S,); None: those after the cache. visible: (S, Sk), True where a token may look; None:
-        causal. last: how many final states; 0: all."""
+        causal. first: the first token whose state is wanted."""
         start = cache.length if cache else 0
         end = start + x.shape[1]
         if end > self.config.block_size and visible is None:  # visible: positions repeat
@@ -237,20 +237,20 @@ class GPT2(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream in half the memory
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.blocks(x, cache, places, visible, last)
+        x = self.blocks(x, cache, places, visible, first)
         if cache is not None:
             cache.grow(end - start)
         return x
 
     @fused
-    def blocks(self, x, cache, places, visible, last):
+    def blocks(self, x, cache, places, visible, first):
         for layer, block in enumerate(self.h):
-            x = block(x, layer, cache, places, visible, last if layer == len(self.h) - 1 else 0)
+            x = block(x, layer, cache, places, visible, first if layer == len(self.h) - 1 else 0)
         return self.ln_f(x)
 
-    def hidden(self, tokens, cache=None, positions=None, last=0):
+    def hidden(self, tokens, cache=None, positions=None, first=0):
         """States of the last layer at tokens (B, S); see embed and layers."""
-        return self.layers(self.embed(tokens), cache, positions, last=last)
+        return self.layers(self.embed(tokens), cache, positions, first=first)
 
     def logits(self, states, among):
         """Logits (..., len(among)) of a range of tokens at states (..., d_model). Raises ValueError."""
@@ -259,9 +259,9 @@ class GPT2(nn.Module):
             raise ValueError(f'tokens {among.start}..{among.stop - 1} are not among those this model writes')
         return F.linear(states, self.lm_head.weight[among.start - writes.start:among.stop - writes.start])
 
-    def forward(self, tokens, cache=None, positions=None):
+    def forward(self, tokens, cache=None, positions=None, first=0):
         """Logits (B, S, V) after tokens (B, S), column i for token config.writes[i]. See layers."""
-        return self.lm_head(self.hidden(tokens, cache, positions))
+        return self.lm_head(self.hidden(tokens, cache, positions, first))
 
     def loss(self, tokens, targets, positions=None):
         """Mean cross-entropy, in nats, of targets (B, S) after tokens (B, S). positions: as in layers."""
@@ -271,7 +271,7 @@ class GPT2(nn.Module):
         """Log-probabilities and entropies (N, T), in nats and with gradient, of tokens (N, T) after prompts
         (N, S), each chosen among a range, at temperature 1."""
         among = among or self.config.writes
-        states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1), last=max(1, tokens.shape[1]))
+        states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1), first=prompt.shape[1] - 1)
         return choice(self.logits(states, among), tokens - among.start)
 
     # ---- generation
@@ -281,7 +281,7 @@ class GPT2(nn.Module):
                  use_cache=True, **sampling):
         """Continue prompts (B, S), S >= 1, by n_new tokens, n_rollouts times, side by side. Returns
         tokens (N, n_new). among: range of tokens to choose from. stop: a token that ends a row, which then
-        repeats it. noise: (N, n_new) in [0, 1). positions: (S,); new tokens count on. sampling: see
+        repeats it. noise: (N, n_new) in [0, 1). positions: (S,), new tokens count on. sampling: see
         utils.sample. use_cache=False: the slow reference."""
         N, among = len(prompt) * n_rollouts, among or self.config.writes
         if noise is None:
@@ -312,14 +312,14 @@ class GPT2(nn.Module):
             cache = KVCache(self.config, len(prompt), S + n_new - 1, device, dtype)
         sequence, new = prompt.repeat_interleave(n_rollouts, dim=0), prompt
         for t in range(n_new):
-            state = self.hidden(new, cache, positions[S + t - new.shape[1]:S + t], last=1)[:, 0]
+            state = self.hidden(new, cache, positions[S + t - new.shape[1]:S + t], first=-1)[:, 0]
             if t == 0:
                 state = state.repeat_interleave(n_rollouts, dim=0)  # (N, d_model)
                 if use_cache and n_rollouts > 1:
                     cache.repeat(n_rollouts)
             token, alive = choose(t, state)
             sequence = torch.cat([sequence, token[:, None]], dim=1)
-            new = sequence[:, -1:] if use_cache else sequence
+            new = token[:, None] if use_cache else sequence
             if alive is not None and not utils.recording and not alive.any():
                 break
         return sequence[:, S:]
@@ -380,7 +380,7 @@ class GPT2Thinking(GPT2):
         return Thoughts(tokens, *self.thought_log_probs(many, tokens, fixed)) if grad else Thoughts(tokens)
 
     def n_thoughts(self, thoughts):
-        """How many (...) of thoughts (..., T) precede the first end_thought."""
+        """Number (...) of thoughts (..., T) before the first end_thought."""
         return (thoughts != self.config.end_thought).cumprod(-1).sum(-1)
 
     def until_end(self, thoughts, *values):
@@ -393,12 +393,12 @@ class GPT2Thinking(GPT2):
         return self.until_end(thoughts, *self.log_probs(question, thoughts, self.thought_range(fixed)))
 
     def answer(self, thoughts, question=None, fixed=False):
-        """Logits (N, d_normal_vocab) of the answer, read at the first end_thought of each row; one is
-        appended to thoughts (N, T), the only one if fixed. question: (N, S), read first; None: blind."""
+        """Logits (N, d_normal_vocab) of the answer, read at the first end_thought of each row.
+        Thoughts (N, T) have none if fixed; one is appended. question: (N, S), read first; None: blind."""
         sequence, T = F.pad(thoughts, (0, 1), value=self.config.end_thought), thoughts.shape[1]
         if question is not None:
             sequence = torch.cat([question, sequence], dim=1)
-        states = self.hidden(sequence, last=1 if fixed else T + 1)
+        states = self.hidden(sequence, first=-1 if fixed else -T - 1)
         ends = 0 if fixed else self.n_thoughts(thoughts)
         states = states[torch.arange(len(states), device=states.device), ends]
         return self.logits(states, range(self.config.d_normal_vocab))
@@ -409,7 +409,7 @@ class GPT2Thinking(GPT2):
         where another thought would be."""
         (B, S), (N, T), cache = question.shape, thoughts.shape, KVCache()
         positions = count_on(positions, S, T, question.device)
-        states = self.hidden(question, cache, positions[:S], last=1).repeat_interleave(N // B, dim=0)
+        states = self.hidden(question, cache, positions[:S], first=-1).repeat_interleave(N // B, dim=0)
         if T:
             cache.repeat(N // B)
             states = torch.cat([states, self.hidden(thoughts, cache, positions[S:])], dim=1)  # (N, 1 + T)
@@ -486,7 +486,7 @@ class GPT2Thinking(GPT2):
         tokens: (B, S). noise: (N, S, T); N / B rollouts of each row. thought_kind: 'token';
         'straight_through': tokens with the gradient of their probabilities; 'continuous': the last state is
         read again (Hao et al. 2024). readers: who sees thoughts: their 'own' position, or all 'later' too;
-        'loop': as 'later', but each pass sees only itself: with 'continuous' the same layers again.
+        'loop': as 'later', but no pass sees another: if 'continuous', the layers are run again.
         at_once: how many thoughts are written from one state; they are read in one pass, as the sum of their
         embeddings, each from its own part of the thought tokens (Hafner et al. 2021). given: (N, S, T), plain
         tokens to read. fixed: as in think.
@@ -661,7 +661,7 @@ def unpack(packed):
         config, state = Config(**packed['config']), packed['state']
         if config.n_layer > len(state) or not all(p.isfinite().all() for p in state.values()):
             raise ValueError('weights are missing, or not finite')
-        with torch.device('meta'):  # no memory, whatever a config asks for
+        with torch.device('meta'):  # no memory
             Model(config).load_state_dict(dict(state), assign=True)  # checks shapes
         model = Model(config)
         model.load_state_dict(state)

@@ -134,7 +134,7 @@ def strip(tokens):
 def read(prefix, tokens, temperature=1.):
     """Log p (N, T) of rollouts (N, T); log p and entropies (N, n) of the text in them. With gradient."""
     tokens = tokens[:, :(tokens != config.end_thought).any(0).sum()]    # T: until all have ended
-    states = model.hidden(torch.cat([prefix, tokens[:, :-1]], dim=1), last=tokens.shape[1])
+    states = model.hidden(torch.cat([prefix, tokens[:, :-1]], dim=1), first=prefix_len - 1)
     logits, normal = model.logits(states, config.writes).float() / temperature, tokens < d_vocab
     # a rollout's tokens: among all that were allowed there
     t = torch.arange(tokens.shape[1], device=tokens.device)

@@ -668,7 +668,7 @@ def fused(function):
     return run
 
 
-long_cumsum = torch.compiler.disable(lambda p: p.cumsum(-1))  # torch 2.11 cannot
+long_cumsum = torch.compiler.disable(lambda p: p.cumsum(-1))  # 2.11: no compile
 
 
 @fused
@@ -771,8 +771,8 @@ def judge(answering, thoughts, right):
     found = []
     for part, answer in zip(thoughts.split(4096), right.split(4096)):
         part, row = F.pad(part, (0, 1)).unique(dim=0, return_inverse=True)  # equal ones once; T may be 0
-        log_p = answering.answer(part[:, :-1]).float().log_softmax(-1)[row]
-        found.append((log_p.argmax(-1), log_p.gather(1, answer[:, None])[:, 0]))
+        log_p = answering.answer(part[:, :-1]).float().log_softmax(-1)
+        found.append((log_p.argmax(-1)[row], log_p[row, answer]))
     answers, log_q = (torch.cat(each) for each in zip(*found))
     # a lower bound of mutual information (Barber and Agakov 2003)
     bits = math.log2(answering.config.d_normal_vocab) + log_q.mean().item() / math.log(2)
@@ -986,7 +986,7 @@ def think_merged(model, cache, question, choices, noise, stop, temperature, epsi
             last, (which, rows) = which, alike(which, token)
             cache.select(last[rows])
             new = token[rows, None]
-        states = model.hidden(new, cache, last=1)[:, 0]  # (n, d_model)
+        states = model.hidden(new, cache, first=-1)[:, 0]  # (n, d_model)
         logits = model.logits(states, choices).float()  # (n, L)
         log_p = logits.log_softmax(-1)
         with torch.no_grad():

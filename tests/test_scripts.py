@@ -457,7 +457,7 @@ def test_what_is_edited_counts_as_what_is_given(edited, train, refuse):
     train('add_normal')
     path = edited('add_normal', learning_rate='1e-2 / 5', heldout='.5')
     assert used(' --init_from=a/ckpt.pt', 'b') == [.002, .2]  # keeps its split
-    assert used(' --init_from=resume --max_steps=8', 'a') == [.003, .2]  # everything is
+    assert used(' --init_from=resume --max_steps=8', 'a') == [.003, .2]  # keeps all
     refuse(edited('add_think', advantage="'grpo'"), '--baseline=batch', 'needs --baseline=group')
     refuse(edited('add_normal', n_layer='-1'), '', '--n_layer=-1 must be between 1')
 
