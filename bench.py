@@ -390,8 +390,8 @@ def time_job(row):
     by_two = {'one': '--nproc_per_node=1|', 'two': '--nproc_per_node=2|'}
     return {
         'think-512': lambda: speed_think(512), 'think-1': lambda: speed_think(1), 'train': speed_train,
-        'two': lambda: speed_script('supervised_rollout_think', knobs, by_two, 128 * 1024, 5),
-        'two-thoughts': lambda: speed_script('supervised_rollout_think', knobs, by_two, 96 * 4 * 256 * 4, 5),
+        'two': lambda: speed_script('supervised_rollout_think', knobs, by_two, 128 * 1024, 10),
+        'two-thoughts': lambda: speed_script('supervised_rollout_think', knobs, by_two, 144 * 4 * 256 * 4, 10),
         'blind': lambda: speed_script('add_think_blind', still, graph, 64 * 32),
         'blind-default': lambda: speed_script('add_think_blind', still, graph, 512),
         'blind-cpu': lambda: speed_script(
