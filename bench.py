@@ -388,14 +388,14 @@ def time_job(row):
     still = f'{knobs} --learning_rate=0 --learning_rate_answer=0 --eval_questions=100'  # codes stay varied
     graph = {'eager': '', 'graph': '--compile=True', 'fused': '--compile=True --fuse=True'}
     by_two = {'one': '--nproc_per_node=1|', 'two': '--nproc_per_node=2|'}
+    text, blind = 'supervised_rollout_think', 'add_think_blind'
     return {
         'think-512': lambda: speed_think(512), 'think-1': lambda: speed_think(1), 'train': speed_train,
-        'two': lambda: speed_script('supervised_rollout_think', knobs, by_two, 128 * 1024, 10),
-        'two-thoughts': lambda: speed_script('supervised_rollout_think', knobs, by_two, 144 * 4 * 256 * 4, 10),
-        'blind': lambda: speed_script('add_think_blind', still, graph, 64 * 32),
-        'blind-default': lambda: speed_script('add_think_blind', still, graph, 512),
-        'blind-cpu': lambda: speed_script(
-            'add_think_blind', still, {'merged': '--device=cpu'}, 64 * 32)}[row]()
+        'two': lambda: speed_script(text, knobs, by_two, 128 * 1024, 10),
+        'two-thoughts': lambda: speed_script(text, knobs, by_two, 144 * 4 * 256 * 4, 10),
+        'blind': lambda: speed_script(blind, still, graph, 64 * 32),
+        'blind-default': lambda: speed_script(blind, still, graph, 512),
+        'blind-cpu': lambda: speed_script(blind, still, {'merged': '--device=cpu'}, 64 * 32)}[row]()
 
 
 # ---- weightings beside the exact gradient ----
