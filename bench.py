@@ -178,7 +178,7 @@ def reverse(suite, row, seed, n_steps=2000, B=100, G=8):
         for _ in range(updates if len(new) else 0):
             if kind == 'kept':
                 known = kept[torch.randint(len(kept), (256,))]
-                logits = model(torch.cat([known, known.flip(1)], dim=1)[:, :-1])[:, H - 1:].transpose(1, 2)
+                logits = model(torch.cat([known, known.flip(1)], dim=1)[:, :-1], first=H - 1).transpose(1, 2)
                 loss = H * cross_entropy(logits, known.flip(1), label_smoothing=12.8 / (32 + n_right))
             else:
                 log_pi = model.log_probs(many, answer)[0].sum(1).view(B, G)
@@ -391,8 +391,8 @@ def time_job(row):
     text, blind = 'supervised_rollout_think', 'add_think_blind'
     return {
         'think-512': lambda: speed_think(512), 'think-1': lambda: speed_think(1), 'train': speed_train,
-        'two': lambda: speed_script(text, knobs, by_two, 128 * 1024, 10),
-        'two-thoughts': lambda: speed_script(text, knobs, by_two, 144 * 4 * 256 * 4, 10),
+        'two': lambda: speed_script(text, knobs, by_two, 128 * 1024, every=10),
+        'two-thoughts': lambda: speed_script(text, knobs, by_two, 144 * 4 * 256 * 4, every=10),
         'blind': lambda: speed_script(blind, still, graph, 64 * 32),
         'blind-default': lambda: speed_script(blind, still, graph, 512),
         'blind-cpu': lambda: speed_script(blind, still, {'merged': '--device=cpu'}, 64 * 32)}[row]()

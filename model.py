@@ -40,7 +40,7 @@ class ModelConfig:
     init: str = 'gpt2'          # 'gpt2': std .02 | 'unit': activations of size one, for small models
     position_encoding: str = 'learned'  # 'learned': an embedding each | 'rotary' | 'relative': by distance
     dropout: float = 0.         # share of activations dropped in training
-    input_kind = output_kind = 'all'  # class attributes, not fields here
+    input_kind = output_kind = 'all'  # class attributes, not fields
 
     def __post_init__(self):
         for name in ('d_vocab', 'block_size', 'n_layer', 'n_head', 'd_model'):
@@ -197,8 +197,8 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """'gpt2': matrices std .02. 'unit': embeddings std 1, matrices 1/sqrt(fan_in): activations start with
-        size one. Both: those that end a residual branch divided by sqrt(2 n_layer)."""
+        """'gpt2': matrices std .02. 'unit': embeddings std 1, matrices 1/sqrt(fan_in). Both: those that
+        end a residual branch divided by sqrt(2 n_layer)."""
         unit = self.config.init == 'unit'
         for name, p in self.named_parameters():
             if name.endswith('.bias'):
@@ -213,15 +213,15 @@ class GPT2(nn.Module):
                     p.copy_(-10 / 8 * distance[:, None] * .5 ** torch.arange(self.config.n_head))
 
     def embed(self, tokens):
-        """Embeddings (B, S, d_model) of tokens (B, S), or of mixtures of tokens (B, S, n)."""
+        """Embeddings (B, S, d_model) of tokens (B, S), or mixtures of them (B, S, n)."""
         if tokens.is_floating_point():
             return tokens @ self.wte.weight
         return self.wte(tokens - self.config.reads.start)
 
     def layers(self, x, cache=None, positions=None, visible=None, first=0):
-        """States after the last layer for embeddings x, both (B, S, d_model). The cache grows.
-        positions: (S,); None: those after the cache. visible: (S, Sk), True where a token may look; None:
-        causal. first: the first token whose state is wanted."""
+        """States (B, S - first, d_model) after the last layer for embeddings x (B, S, d_model). The cache
+        grows. positions: (S,); None: those after the cache. visible: (S, Sk), True where a token may look;
+        None: causal. first: the token of the first state; -1: only the last's."""
         start = cache.length if cache else 0
         end = start + x.shape[1]
         if end > self.config.block_size and visible is None:  # visible: positions repeat
@@ -268,11 +268,11 @@ class GPT2(nn.Module):
         return F.cross_entropy(self(tokens, None, positions).flatten(0, 1).float(), targets.flatten())
 
     def log_probs(self, prompt, tokens, among=None):
-        """Log-probabilities and entropies (N, T), in nats and with gradient, of tokens (N, T) after prompts
+        """Log-probabilities and entropies (N, T), in nats, with gradient, of tokens (N, T) after prompts
         (N, S), each chosen among a range, at temperature 1."""
         among = among or self.config.writes
         states = self.hidden(torch.cat([prompt, tokens[:, :-1]], dim=1), first=prompt.shape[1] - 1)
-        return choice(self.logits(states, among), tokens - among.start)
+        return choice(self.logits(states[:, :tokens.shape[1]], among), tokens - among.start)
 
     # ---- generation
 
@@ -329,7 +329,7 @@ def choice(logits, chosen):
     """Log-probabilities and entropies (...), in nats, of choices (...) among logits (..., V)."""
     log_p = logits.float().log_softmax(-1)
     log_prob = log_p.gather(-1, chosen[..., None])[..., 0]
-    return log_prob, -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)  # impossible: 0
+    return log_prob, -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)  # p = 0: 0
 
 
 def count_on(positions, n_prompt, n_new, device):
@@ -393,8 +393,8 @@ class GPT2Thinking(GPT2):
         return self.until_end(thoughts, *self.log_probs(question, thoughts, self.thought_range(fixed)))
 
     def answer(self, thoughts, question=None, fixed=False):
-        """Logits (N, d_normal_vocab) of the answer, read at the first end_thought of each row.
-        Thoughts (N, T) have none if fixed; one is appended. question: (N, S), read first; None: blind."""
+        """Logits (N, d_normal_vocab) of the answer, read at the first end_thought of thoughts (N, T); one is
+        appended. fixed: there is no other. question: (N, S), read first; None: blind."""
         sequence, T = F.pad(thoughts, (0, 1), value=self.config.end_thought), thoughts.shape[1]
         if question is not None:
             sequence = torch.cat([question, sequence], dim=1)
@@ -500,7 +500,7 @@ class GPT2Thinking(GPT2):
         if T % at_once or len(choices) % at_once:
             raise ValueError(f'at_once={at_once} does not divide {T} thoughts and {len(choices)} tokens')
         size = len(choices) // at_once
-        first = choices.start + size * torch.arange(at_once, device=tokens.device)  # of each part
+        starts = choices.start + size * torch.arange(at_once, device=tokens.device)  # of each part
         visible = causal(S, S, tokens.device)  # the text
         new = visible & visible.T if readers == 'own' else visible  # the diagonal
         cache = KVCache()
@@ -517,7 +517,7 @@ class GPT2Thinking(GPT2):
             else:
                 index = (given[..., part].flatten() - choices.start) % size
             index = index.view(N, S, at_once)
-            token = torch.where(alive, first + index, self.config.end_thought)  # (N, S, at_once)
+            token = torch.where(alive, starts + index, self.config.end_thought)  # (N, S, at_once)
             written.append((token, *(torch.where(alive, x, 0.) for x in choice(logits, index))))
             if thought_kind == 'continuous':
                 x = state + self.embed(first[:1])  # marked as a thought
@@ -661,7 +661,7 @@ def unpack(packed):
         config, state = Config(**packed['config']), packed['state']
         if config.n_layer > len(state) or not all(p.isfinite().all() for p in state.values()):
             raise ValueError('weights are missing, or not finite')
-        with torch.device('meta'):  # no memory
+        with torch.device('meta'):  # takes no memory
             Model(config).load_state_dict(dict(state), assign=True)  # checks shapes
         model = Model(config)
         model.load_state_dict(state)

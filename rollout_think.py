@@ -180,7 +180,7 @@ def describe(text):
     """Loss of texts (eval_prefixes, n) by the reference, nats per token; their variety."""
     loss = -judge.log_probs(val_prefix, text, range(d_vocab))[0].mean().item()
     runs = text.unfold(1, min(4, text_len), 1).flatten(0, 1)
-    return {'val_loss': loss, 'perplexity': math.exp(min(loss, 700)),    # fits a number
+    return {'val_loss': loss, 'perplexity': math.exp(min(loss, 700)),    # a finite number
             'distinct_4': len(runs.unique(dim=0)) / len(runs)}
 
 
@@ -393,7 +393,7 @@ def problem_losses(problems, dice):
                         for part in parts])  # (N, T)
     loss = -(weights.flatten() * log_pi.sum(1)).sum() / (len(problems) * text_len)
     return loss, {'accuracy': right.mean(), 'format': formed.mean(), 'length': mask.sum(1).float().mean(),
-                  'mixed': (right.view(-1, G).std(1) > 0).float().mean(),   # right and wrong ones
+                  'mixed': (right.view(-1, G).std(1) > 0).float().mean(),   # groups with both
                   'cut_off': endless.float().mean(), 'entropy': -log_pi.detach().sum() / mask.sum(),
                   **concentration(weights)}
 

@@ -106,8 +106,8 @@ train_set, val_set = (sliding_window_view(text, text_len + 1) for text in (train
 
 def cut(rows):
     """Sequences (n, S) and the tokens (n, S) that come next, from rows (n, S + 1) of text."""
-    rows = torch.from_numpy(rows.astype(np.int64))      # pinned: no step waits for the one before
-    rows = rows.pin_memory().cuda(non_blocking=True) if world.device.type == 'cuda' else rows.to(world.device)
+    rows, gpu = torch.from_numpy(rows.astype(np.int64)), world.device.type == 'cuda'
+    rows = (rows.pin_memory() if gpu else rows).to(world.device, non_blocking=gpu)      # waits for no step
     return rows[:, :-1], rows[:, 1:]
 
 

@@ -668,7 +668,7 @@ def fused(function):
     return run
 
 
-long_cumsum = torch.compiler.disable(lambda p: p.cumsum(-1))  # 2.11: no compile
+long_cumsum = torch.compiler.disable(lambda p: p.cumsum(-1))  # torch 2.11 cannot compile it
 
 
 @fused
@@ -770,7 +770,7 @@ def judge(answering, thoughts, right):
     """A policy's answers (n,) to thoughts (n, T), the share that are `right`, the bits that it got."""
     found = []
     for part, answer in zip(thoughts.split(4096), right.split(4096)):
-        part, row = F.pad(part, (0, 1)).unique(dim=0, return_inverse=True)  # equal ones once; T may be 0
+        part, row = F.pad(part, (0, 1)).unique(dim=0, return_inverse=True)  # each once; padded, as T may be 0
         log_p = answering.answer(part[:, :-1]).float().log_softmax(-1)
         found.append((log_p.argmax(-1)[row], log_p[row, answer]))
     answers, log_q = (torch.cat(each) for each in zip(*found))

@@ -18,7 +18,7 @@ from model import GPT2, ModelConfig
 
 torch.set_num_threads(1)  # tiny models are faster so
 ROOT = Path(__file__).parent.parent
-TEXT = tempfile.TemporaryDirectory()  # 40 words of 14 characters, again and again, and models for them
+TEXT = tempfile.TemporaryDirectory()  # 40 words of 14 characters, repeated, and models for them
 TORCHRUN = sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'
 ALL = ['--n_head=2', '--d_model=16', '--max_steps=6', '--eval_every=3', '--log_every=1', '--device=cpu']
 OF_TEXT = [*ALL, f'--data={TEXT.name}', '--n_layer=1', '--d_thought_vocab=5', '--warmup_steps=2']

@@ -233,7 +233,7 @@ def test_fineweb_goes_on_where_it_was(prepare, refused, run_data, tmp_path, monk
     break_off()
     assert prepare(*arguments)[1] == meta and stream['skipped'] == 1000  # with the same tokens
 
-    # what another data set left half-written is not taken for documents that are done
+    # what another data set left half-written is not taken as done
     break_off()
     (tmp_path / 'other.txt').write_text('other text')
     broken = types.SimpleNamespace(encode_ordinary=None, eot_token=50256, n_vocab=50257)

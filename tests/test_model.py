@@ -106,7 +106,8 @@ def test_causality(length, kind):
     difference = (model(changed) - model(tokens)).abs().amax(-1)  # (2, length)
     assert difference[:, :3].max() < 1e-5 and difference[:, 3:8].min() > 1e-3
     for first in (2, -1):
-        torch.testing.assert_close(model.hidden(tokens, first=first), model.hidden(tokens)[:, first:])
+        torch.testing.assert_close(model(tokens, first=first), model(tokens)[:, first:])
+    assert model.log_probs(tokens, tokens[:, :0])[1].shape == (2, 0)
 
 
 def test_reading_in_parts_equals_reading_at_once():

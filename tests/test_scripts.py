@@ -199,14 +199,14 @@ def test_pictures(train, tmp_path, monkeypatch):
                                 ('add_think', 'meaning.html', 'What a thought means')):
         train(script, '--plot=True', script)
         page = (tmp_path / script / file).read_text()
-        assert title in page and 'script src=' not in page  # it stands alone
+        assert title in page and 'script src=' not in page  # stands alone
     heat, _, bits = drawn[0].data
     counts = torch.as_tensor(heat.z)  # questions per answer and code
     assert counts.shape == (7, len(heat.x)) and counts.sum(1).tolist() == [7] * 7 and counts.sum(0).all()
     logged = [line['bits'] for line in metrics(tmp_path / 'add_think_blind') if 'bits' in line]
     assert logged == list(bits.y)
     train('add_think_blind', '--fixed=False --think_len=2 --d_thought_vocab=1 --plot=True')
-    monkeypatch.delattr(go.Figure, 'to_html')  # the last line comes all the same
+    monkeypatch.delattr(go.Figure, 'to_html')  # the last line comes anyway
     assert train('add_think_blind', '--plot=True')['steps'] == 6
     assert set(drawn[-1].data[0].x) <= {'', '0', '0 0'}  # none, one or two thoughts
 
@@ -654,7 +654,7 @@ def test_checkpoints_are_not_trusted(train, refuse, tmp_path):
     for knob, value in {'batch_size': 'x', 'n_layer': 1.5, 'group_size': 10**9, 'task': 'no'}.items():
         refused(f'--{knob}=', knobs=good['knobs'] | {knob: value})
     optimizer = checkpoint()['optimizers'][0]
-    optimizer['state'][0]['exp_avg'] = torch.zeros(1)  # a fused kernel would write beyond
+    optimizer['state'][0]['exp_avg'] = torch.zeros(1)  # fused kernels would write beyond
     refused('does not fit', optimizers=[optimizer])
     model = checkpoint()['models']['model']
     for change in ({'n_layer': 10**9}, {'d_model': 2**20}, {'init': 7}):
@@ -684,7 +684,7 @@ def test_bad_checkpoints(train, refuse, tmp_path):
     refuse('add_think_blind', resume, 'is from add_normal.py')
     refuse('add_normal', '--init_from=a/ckpt.pt --n_layer=2', 'n_layer=1, not 2')
     refuse('add_think_blind', '--init_from=a/ckpt.pt', 'no model called thinking')
-    train('add_normal', '--init_from=resume')  # and nothing was damaged
+    train('add_normal', '--init_from=resume')  # nothing was damaged
     assert metrics(tmp_path / 'a') == lines
     os.truncate(tmp_path / 'a/metrics.jsonl', 9)
     refuse('add_normal', resume, 'its logs are too short')

@@ -95,7 +95,7 @@ def test_thoughts_are_paid_more_than_the_baseline_or_less(baseline, script):
     loss, _ = names['learn'](x, y, noise, .7)
     _, log_pi, entropy, plain, states = names['think'](x, noise)
     right = -names['loss_at'](states, y.repeat_interleave(3, dim=0))
-    without = -names['loss_at'](plain, y)  # the lagged copy is still the model
+    without = -names['loss_at'](plain, y)  # the copy is still the model
     expected = -right.mean() - (without.mean() if baseline == 'no_think' else 0)
     for b in range(2):
         for s in range(8):

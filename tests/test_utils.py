@@ -122,7 +122,7 @@ def test_rewards_that_are_alike_few_or_infinite(kind):
         assert torch.allclose(weights.sum(1), torch.ones(4))
         assert kind != 'softmax' or weights[1:].tolist() == [[.25] * 4, [1, 0, 0, 0], [0, .5, 0, .5]]
     elif not kind.startswith(('quantile', 'softmax')):
-        assert weights[1].tolist() == weights[3].tolist() == [0] * 4  # nothing is known of these groups
+        assert weights[1].tolist() == weights[3].tolist() == [0] * 4  # nothing is known of them
     unknown = advantages(torch.tensor([[math.nan, 1., 2.]]), kind, log_pi=log_pi[:1, :3])
     assert unknown.isnan().any() or kind == 'best'
 
