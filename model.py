@@ -219,9 +219,9 @@ class GPT2(nn.Module):
         return self.wte(tokens - self.config.reads.start)
 
     def layers(self, x, cache=None, positions=None, visible=None, first=0):
-        """States (B, S - first, d_model) after the last layer for embeddings x (B, S, d_model). The cache
-        grows. positions: (S,); None: those after the cache. visible: (S, Sk), True where a token may look;
-        None: causal. first: the token of the first state; -1: only the last's."""
+        """States after the last layer for embeddings x, both (B, S, d_model). The cache grows.
+        positions: (S,); None: those after the cache. visible: (S, Sk), True where a token may look; None:
+        causal. first: only states[:, first:] are worked out and returned."""
         start = cache.length if cache else 0
         end = start + x.shape[1]
         if end > self.config.block_size and visible is None:  # visible: positions repeat
@@ -520,7 +520,7 @@ class GPT2Thinking(GPT2):
             token = torch.where(alive, starts + index, self.config.end_thought)  # (N, S, at_once)
             written.append((token, *(torch.where(alive, x, 0.) for x in choice(logits, index))))
             if thought_kind == 'continuous':
-                x = state + self.embed(first[:1])  # marked as a thought
+                x = state + self.embed(starts[:1])  # marked as a thought
             else:
                 x = self.embed(token).sum(2) * at_once ** -.5
             if thought_kind == 'straight_through' and given is None:
